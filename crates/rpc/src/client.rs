@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use protocol::codec::{self, DecodeError, MESSAGE_BYTES_MAX};
+use protocol::control::{Empty, NODE_PING};
 use protocol::{ErrorCode, PublicKey, WireError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -191,7 +192,7 @@ impl Client {
         let opened = match time::timeout_at(accept_until, link.connection().open_channel()).await {
             Ok(Ok(channel)) => {
                 options.accept_within = accept_until.saturating_duration_since(Instant::now());
-                ResponseStream::open(channel, method, body, options, link.suspicion().clone()).await
+                ResponseStream::open(channel, method, body, options, link.clone()).await
             }
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(CallError::NotAccepted),
@@ -205,6 +206,28 @@ impl Client {
     /// Opens a connection to a peer unless one is open, so that the next call does not wait for it.
     pub async fn connect(&self, peer: PublicKey) -> Result<(), CallError> {
         self.linked(peer).await.map(drop)
+    }
+
+    /// Pings a peer, on a new connection if it no longer responds on the present one. Returns when the connection on which
+    /// it responds was opened.
+    pub async fn check(&self, peer: PublicKey, deadline: Duration) -> Result<Instant, CallError> {
+        let until = Instant::now() + deadline;
+        let link = self.link(peer, until).await?;
+        let ping = link.connection().request(NODE_PING, Bytes::from(codec::encode(&Empty {})));
+        match time::timeout_at(until, ping).await {
+            Ok(Ok(_) | Err(RequestError::Remote(_))) => Ok(link.opened_at()),
+            Ok(Err(RequestError::Transport(error))) => Err(error.into()),
+            Err(_) => {
+                link.suspicion().raise();
+                Err(CallError::Deadline)
+            }
+        }
+    }
+
+    /// Makes the next call to each peer ping it first. For a process that was stopped for a while: its peers may have
+    /// given up its connections.
+    pub fn suspect_all(&self) {
+        self.links.suspect_all();
     }
 
     /// Clears the backoff of a peer that has shown a sign of life, so that the next call dials it at once.

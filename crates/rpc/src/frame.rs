@@ -180,7 +180,7 @@ pub(crate) fn acknowledge_frame() -> Bytes {
 }
 
 fn flags(more: bool, acknowledge: bool) -> u8 {
-    u8::from(more) * MORE | u8::from(acknowledge) * ACKNOWLEDGE
+    (u8::from(more) * MORE) | (u8::from(acknowledge) * ACKNOWLEDGE)
 }
 
 fn flagged(flags: u8, payload: &[u8]) -> Bytes {

@@ -1,10 +1,12 @@
 //! Keeps one connection per peer. Concurrent callers share one dial (single-flight). A peer that did not respond in
-//! time is pinged before its connection is used again. After a failed dial, calls fail at once for a time that doubles
-//! with each failure (exponential backoff).
+//! time is pinged before its connection is used again. If it does not respond to that either, the connection is retired:
+//! no further call uses it, and its streams go on until they or the transport end. After a failed dial, calls fail at
+//! once for a time that doubles with each failure (exponential backoff).
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -55,6 +57,8 @@ struct Peer {
     backoff: Option<Backoff>,
     /// The peer is not dialled before this time.
     rest: Option<Instant>,
+    /// Connections that no further call uses. They exist as long as something is under way on them.
+    retired: Vec<Weak<Link>>,
 }
 
 /// The state of a connection.
@@ -90,11 +94,30 @@ pub(super) struct Link {
     /// The state of the introduction on this connection.
     pub(super) introduction: Introduction,
     suspicion: Suspicion,
+    is_retired: AtomicBool,
+    opened_at: Instant,
     /// Held by the task that pings the peer.
     asking: tokio::sync::Mutex<()>,
 }
 
+impl fmt::Debug for Link {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Link").field("peer", &self.connection.remote_key()).finish_non_exhaustive()
+    }
+}
+
 impl Link {
+    fn over(connection: Arc<dyn Connection>) -> Self {
+        Self {
+            connection,
+            introduction: Introduction::default(),
+            suspicion: Suspicion::default(),
+            is_retired: AtomicBool::new(false),
+            opened_at: Instant::now(),
+            asking: tokio::sync::Mutex::default(),
+        }
+    }
+
     pub(super) fn connection(&self) -> &dyn Connection {
         &*self.connection
     }
@@ -104,14 +127,24 @@ impl Link {
         &self.suspicion
     }
 
-    fn is_sound(&self) -> bool {
-        !self.suspicion.is_raised() && !self.connection.is_closed()
+    /// Returns when the connection was opened.
+    pub(super) fn opened_at(&self) -> Instant {
+        self.opened_at
     }
 
-    /// Pings a suspected peer. Concurrent callers wait for the outcome.
+    fn is_sound(&self) -> bool {
+        !self.suspicion.is_raised() && !self.is_out_of_use()
+    }
+
+    fn is_out_of_use(&self) -> bool {
+        self.is_retired.load(Ordering::Relaxed) || self.connection.is_closed()
+    }
+
+    /// Pings a suspected peer, and retires the connection if that does not respond. Concurrent callers wait for the
+    /// outcome.
     async fn responds(&self) -> bool {
         let _asking = self.asking.lock().await;
-        if self.connection.is_closed() {
+        if self.is_out_of_use() {
             return false;
         }
         if self.suspicion.is_raised() {
@@ -119,8 +152,9 @@ impl Link {
             match time::timeout(PING_WITHIN, ping).await {
                 // Any response, even an error, proves that the peer is alive.
                 Ok(Ok(_) | Err(RequestError::Remote(_))) => self.suspicion.settle(),
+                // A peer that pauses may go on with its streams, so the connection is not closed.
                 Ok(Err(RequestError::Transport(_))) | Err(_) => {
-                    self.connection.close();
+                    self.is_retired.store(true, Ordering::Relaxed);
                     return false;
                 }
             }
@@ -137,7 +171,29 @@ impl Peer {
             Some(Opening::Open(link)) => link.connection.is_closed(),
             Some(Opening::Dialling) => false,
         };
-        unused && self.rest.is_none_or(|rest| rest <= now)
+        unused && self.rest.is_none_or(|rest| rest <= now) && self.retired.iter().all(|link| link.strong_count() == 0)
+    }
+
+    /// Puts a connection that is out of use aside, so that the next call opens another.
+    fn retire(&mut self) {
+        self.retired.retain(|link| link.strong_count() > 0);
+        if let Some(opening) = self.opening.take()
+            && let Opening::Open(link) = &*opening.borrow()
+        {
+            self.retired.push(Arc::downgrade(link));
+        }
+    }
+
+    /// Closes all connections.
+    fn close(self) {
+        if let Some(opening) = self.opening
+            && let Opening::Open(link) = &*opening.borrow()
+        {
+            link.connection.close();
+        }
+        for link in self.retired.iter().filter_map(Weak::upgrade) {
+            link.connection.close();
+        }
     }
 }
 
@@ -154,7 +210,7 @@ impl Links {
         if let Some(link) = self.sound(peer) {
             return Ok(link);
         }
-        // Tries twice: the first connection may turn out to be dead. A new connection is not suspected, so two tries
+        // Tries twice: the first connection may turn out not to respond. A new connection is not suspected, so two tries
         // suffice.
         for _ in 0..2 {
             let mut opening = self.opening(peer)?;
@@ -187,13 +243,14 @@ impl Links {
         if let Some(opening) = &entry.opening {
             let of_use = match &*opening.borrow() {
                 Opening::Dialling => true,
-                Opening::Open(link) => !link.connection.is_closed(),
+                Opening::Open(link) => !link.is_out_of_use(),
                 Opening::Failed(_) => false,
             };
             if of_use {
                 return Ok(opening.clone());
             }
         }
+        entry.retire();
         let now = Instant::now();
         if entry.rest.is_some_and(|rest| now < rest) {
             return Err(CallError::Unreachable { peer });
@@ -228,10 +285,19 @@ impl Links {
 
     pub(super) fn disconnect(&self, peer: PublicKey) {
         let known = self.lock().by_key.remove(&peer);
-        if let Some(opening) = known.and_then(|peer| peer.opening)
-            && let Opening::Open(link) = &*opening.borrow()
-        {
-            link.connection.close();
+        if let Some(peer) = known {
+            peer.close();
+        }
+    }
+
+    /// Makes the next call to each peer ping it first.
+    pub(super) fn suspect_all(&self) {
+        for peer in self.lock().by_key.values() {
+            if let Some(opening) = &peer.opening
+                && let Opening::Open(link) = &*opening.borrow()
+            {
+                link.suspicion.raise();
+            }
         }
     }
 
@@ -273,11 +339,7 @@ impl Dial {
         };
         self.note(&outcome);
         self.state.send_replace(match outcome {
-            Ok(connection) => {
-                let (suspicion, asking) = (Suspicion::default(), tokio::sync::Mutex::default());
-                let introduction = Introduction::default();
-                Opening::Open(Arc::new(Link { connection, introduction, suspicion, asking }))
-            }
+            Ok(connection) => Opening::Open(Arc::new(Link::over(connection))),
             Err(error) => Opening::Failed(error),
         });
     }

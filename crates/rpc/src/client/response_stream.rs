@@ -1,6 +1,7 @@
 //! The caller's half of a stream.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -8,7 +9,7 @@ use protocol::codec::MESSAGE_BYTES_MAX;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::CallError;
-use super::links::Suspicion;
+use super::links::Link;
 use crate::frame::{FRAME_PAYLOAD_MAX, Frame, WINDOW};
 use crate::transport::Channel;
 
@@ -35,8 +36,8 @@ pub struct StreamOptions {
 pub struct ResponseStream {
     channel: Box<dyn Channel>,
     options: StreamOptions,
-    /// Raised when the callee becomes silent.
-    suspicion: Suspicion,
+    /// The connection. It is suspected when the callee becomes silent.
+    link: Arc<Link>,
     deadline: Option<Instant>,
     /// When the last message arrived.
     heard_at: Instant,
@@ -58,19 +59,19 @@ pub struct ResponseStream {
 
 impl ResponseStream {
     /// Sends the request and waits until the callee accepts it.
-    pub(crate) async fn open(
+    pub(super) async fn open(
         channel: Box<dyn Channel>,
         method: &str,
         body: Bytes,
         options: StreamOptions,
-        suspicion: Suspicion,
+        link: Arc<Link>,
     ) -> Result<Self, CallError> {
         let heard_at = Instant::now();
         let deadline = options.deadline.map(|wait| heard_at + wait);
         let mut stream = Self {
             channel,
             options,
-            suspicion,
+            link,
             deadline,
             heard_at,
             timer: None,
@@ -167,7 +168,7 @@ impl ResponseStream {
                 () = timer.as_mut() => {
                     let (until, late) = self.wait_until();
                     if Instant::now() >= until {
-                        self.suspicion.raise();
+                        self.link.suspicion().raise();
                         // The stream is not finished: the callee may still be working, and is told to stop when this is
                         // dropped.
                         return Some(Err(late));

@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use protocol::control::{Empty, NODE_PING, NodeInfo, NodeRole};
 use protocol::signature::NodeKey;
 use protocol::{PublicKey, Topic, WireError};
-use tether_rpc::transport::{Connection, TransportError};
-use tether_rpc::{CallError, Client, Directory, MemoryNetwork, Server, StreamOptions, Transport};
+use tether_rpc::transport::{Channel, Connection, Incoming, RequestError, TransportError};
+use tether_rpc::{CallError, Client, Directory, MemoryNetwork, Server, StreamCall, StreamOptions, Transport};
+use tokio::sync::watch;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -180,6 +182,155 @@ async fn a_connection_whose_peer_fell_silent_is_asked_before_it_is_used_again() 
     drop(dead);
     scene.serve();
     scene.ping(SECOND * 2).await.expect("the node was started anew");
+}
+
+/// A node whose process can be stopped: it then takes no connection and reads nothing, and its peers notice nothing else.
+struct Pausing {
+    inner: Arc<dyn Transport>,
+    runs: watch::Receiver<bool>,
+}
+
+struct PausingConnection {
+    inner: Arc<dyn Connection>,
+    runs: watch::Receiver<bool>,
+}
+
+async fn until_it_runs(runs: &watch::Receiver<bool>) {
+    runs.clone().wait_for(|runs| *runs).await.expect("the test goes on");
+}
+
+#[async_trait]
+impl Transport for Pausing {
+    fn public_key(&self) -> PublicKey {
+        self.inner.public_key()
+    }
+
+    async fn connect(&self, peer: PublicKey) -> Result<Arc<dyn Connection>, TransportError> {
+        self.inner.connect(peer).await
+    }
+
+    async fn accept(&self) -> Option<Arc<dyn Connection>> {
+        let inner = self.inner.accept().await?;
+        until_it_runs(&self.runs).await;
+        Some(Arc::new(PausingConnection { inner, runs: self.runs.clone() }))
+    }
+
+    async fn announce(&self, topic: &Topic) -> Result<(), TransportError> {
+        self.inner.announce(topic).await
+    }
+
+    async fn unannounce(&self, topic: &Topic) -> Result<(), TransportError> {
+        self.inner.unannounce(topic).await
+    }
+
+    async fn lookup(&self, topic: &Topic) -> Result<Vec<PublicKey>, TransportError> {
+        self.inner.lookup(topic).await
+    }
+}
+
+#[async_trait]
+impl Connection for PausingConnection {
+    fn remote_key(&self) -> PublicKey {
+        self.inner.remote_key()
+    }
+
+    async fn request(&self, method: &str, body: Bytes) -> Result<Bytes, RequestError> {
+        self.inner.request(method, body).await
+    }
+
+    async fn open_channel(&self) -> Result<Box<dyn Channel>, TransportError> {
+        self.inner.open_channel().await
+    }
+
+    async fn next(&self) -> Option<Incoming> {
+        let next = self.inner.next().await;
+        until_it_runs(&self.runs).await;
+        next
+    }
+
+    fn is_closed(&self) -> bool {
+        self.inner.is_closed()
+    }
+
+    fn close(&self) {
+        self.inner.close();
+    }
+}
+
+/// A scene whose peer can be stopped. It answers `count` with a message a second for ten seconds.
+fn pausing() -> (Scene, watch::Sender<bool>) {
+    let scene = Scene::new(Duration::ZERO);
+    let (stop, runs) = watch::channel(true);
+    let node = Arc::new(Pausing { inner: scene.network.node(&NodeKey::from_seed(&[1; 32])), runs: runs.clone() });
+    let server = Server::new(node, info()).stream("count", move |call: StreamCall| {
+        let runs = runs.clone();
+        async move {
+            let mut reply = call.accept().await.expect("caller is there");
+            for number in 0..10 {
+                until_it_runs(&runs).await;
+                if reply.send(&[number]).await.is_err() {
+                    return;
+                }
+                time::sleep(SECOND).await;
+            }
+            let _ = reply.finish().await;
+        }
+    });
+    scene.tasks.spawn(server.run(CancellationToken::new(), SECOND));
+    (scene, stop)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_pauses_loses_no_stream_and_gets_no_new_call_meanwhile() {
+    let (scene, stop) = pausing();
+    let mut stream = scene.client.open_stream(scene.peer, "count", Bytes::new(), options()).await.expect("accepted");
+    assert_eq!(stream.next().await, Some(Ok(Bytes::from_static(&[0]))));
+    stop.send_replace(false);
+    let begun = Instant::now();
+    while begun.elapsed() < SECOND * 5 {
+        assert_eq!(scene.ping(SECOND).await, Err(CallError::Deadline), "callers try elsewhere");
+    }
+    stop.send_replace(true);
+    scene.ping(SECOND).await.expect("it goes on");
+    for number in 1..10 {
+        assert_eq!(stream.next().await, Some(Ok(Bytes::copy_from_slice(&[number]))));
+    }
+    assert_eq!(stream.next().await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_is_cut_off_loses_the_streams_of_its_retired_connections_too() {
+    let (scene, stop) = pausing();
+    let mut stream = scene.client.open_stream(scene.peer, "count", Bytes::new(), options()).await.expect("accepted");
+    stop.send_replace(false);
+    for _ in 0..3 {
+        assert_eq!(scene.ping(SECOND).await, Err(CallError::Deadline));
+    }
+    stop.send_replace(true);
+    scene.ping(SECOND).await.expect("on a new connection");
+    assert!(scene.dials() >= 2);
+    scene.client.disconnect(scene.peer);
+    let end = loop {
+        match stream.next().await {
+            Some(Ok(_)) => {}
+            end => break end,
+        }
+    };
+    assert_eq!(end, Some(Err(CallError::Closed)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_check_tells_a_new_connection_from_an_old_one() {
+    let (scene, stop) = pausing();
+    let first = scene.client.check(scene.peer, SECOND).await.expect("it responds");
+    time::sleep(SECOND).await;
+    assert_eq!(scene.client.check(scene.peer, SECOND).await, Ok(first));
+    stop.send_replace(false);
+    assert_eq!(scene.client.check(scene.peer, SECOND).await, Err(CallError::Deadline));
+    stop.send_replace(true);
+    // A process that was stopped itself suspects all its connections.
+    scene.client.suspect_all();
+    assert_eq!(scene.client.check(scene.peer, SECOND).await, Ok(first), "the old one is still good");
 }
 
 #[tokio::test(start_paused = true)]
