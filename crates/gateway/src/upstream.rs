@@ -113,6 +113,7 @@ impl Upstream {
             if round > 0 {
                 time::sleep(backoff.next_wait()).await;
             }
+            let mut is_one_full = None;
             for peer in self.peers(NodeRole::Orchestrator, job).await? {
                 let left = timeouts.deadline.saturating_duration_since(Instant::now());
                 // An orchestrator accepts once a worker has sent something, which may take until the job's deadline.
@@ -129,12 +130,19 @@ impl Upstream {
                             return Err(lost());
                         }
                         may_be_known |= !refused;
-                        if !another_may_know(error.code) {
+                        if has_no_room(error.code) {
+                            is_one_full.get_or_insert(error);
+                        } else if another_may_know(error.code) {
+                            last = error;
+                        } else {
                             return Err(error);
                         }
-                        last = error;
                     }
                 }
+            }
+            // The client tries again when it is told to; its request does not wait for room.
+            if let Some(error) = is_one_full {
+                return Err(error);
             }
         }
         Err(last)
@@ -189,6 +197,12 @@ fn another_may_know(code: ErrorCode) -> bool {
             | ErrorCode::NotEnrolled
             | ErrorCode::NodeRevoked
     )
+}
+
+/// Returns whether an orchestrator refused a job because it knows no worker that takes it. It may have lost its workers,
+/// so the others are asked as well.
+fn has_no_room(code: ErrorCode) -> bool {
+    matches!(code, ErrorCode::NoCapacity | ErrorCode::BreakerOpen)
 }
 
 /// Returns the error for a job whose orchestrator was lost while the job may still run there. It replaces

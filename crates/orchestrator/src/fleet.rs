@@ -206,6 +206,17 @@ impl Fleet {
         }
     }
 
+    /// Takes a worker back that was set aside until `until`, unless it was set aside again since.
+    pub fn take_back(&self, worker_id: WorkerId, until: Instant) {
+        let mut state = self.write();
+        if let Some(index) = state.by_id.get(&worker_id).copied()
+            && let Some(worker) = &mut state.workers[index]
+            && worker.set_aside_until == Some(until)
+        {
+            worker.set_aside_until = None;
+        }
+    }
+
     /// Ejects a worker, also from its restarts: until `until`, it gets a job only if no other worker can take it.
     pub fn eject(&self, worker_id: WorkerId, until: Instant) {
         let mut guard = self.write();

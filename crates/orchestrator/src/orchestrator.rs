@@ -52,6 +52,11 @@ use crate::worker_record::WorkerRecords;
 
 /// How long a worker may take to respond to a request to load or unload a model.
 const MOVE_WITHIN: Duration = Duration::from_millis(1_500);
+/// How long a worker that was set aside may take to respond on a new connection.
+const CHECK_WITHIN: Duration = Duration::from_secs(5);
+/// How long this process must have been stopped for its connections to be checked.
+const PAUSE: Duration = Duration::from_secs(3);
+const PAUSE_CHECKED_EVERY: Duration = Duration::from_millis(500);
 /// How long running jobs may take to finish once the orchestrator stops.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -85,6 +90,8 @@ pub struct Orchestrator {
     records: Mutex<WorkerRecords>,
     client: Client,
     membership: Membership,
+    /// Checks of workers that were set aside.
+    checks: TaskTracker,
 }
 
 impl Orchestrator {
@@ -242,9 +249,7 @@ impl Orchestrator {
         if *fault == Fault::Unacknowledged
             && let Some(reservation) = &journey.reservation
         {
-            let until = Instant::now() + Duration::from_secs(self.config.set_aside_secs);
-            self.fleet.set_aside(reservation.worker_id, until);
-            warn!(worker = reservation.worker_id.short(), "worker set aside: it did not acknowledge a job");
+            self.set_aside(reservation.worker_id, journey.attempt_began);
         }
         if error.code == ErrorCode::EngineCrashed && self.crashed(journey, error) {
             return ControlFlow::Break(AttemptEnd::Dead { error: refusals::crashes_engines() });
@@ -285,6 +290,21 @@ impl Orchestrator {
                 }
             }
         }
+    }
+
+    /// Sets a worker aside that did not acknowledge a job of an attempt that began at `began`. It is taken back as soon as it
+    /// responds on a newer connection, because then only the old one was at fault.
+    fn set_aside(&self, worker: WorkerId, began: Instant) {
+        let until = Instant::now() + Duration::from_secs(self.config.set_aside_secs);
+        self.fleet.set_aside(worker, until);
+        warn!(worker = worker.short(), "worker set aside: it did not acknowledge a job");
+        let (client, fleet) = (self.client.clone(), self.fleet.clone());
+        self.checks.spawn(async move {
+            if client.check(worker, CHECK_WITHIN).await.is_ok_and(|opened_at| opened_at > began) {
+                fleet.take_back(worker, until);
+                info!(worker = worker.short(), "worker taken back: it responds on a new connection");
+            }
+        });
     }
 
     /// Records that a model could not do what the job asks. Returns whether another model or another worker may be able
@@ -570,6 +590,7 @@ impl Orchestrator {
             search: Arc::new(search),
             client,
             membership,
+            checks: TaskTracker::new(),
             config,
         });
 
@@ -590,6 +611,8 @@ impl Orchestrator {
             async move { orchestrator.reservations.run(ended).await }
         });
 
+        background.spawn(suspect_after_pauses(orchestrator.client.clone(), ended.clone()));
+
         let info = NodeInfo { roles: vec![NodeRole::Orchestrator], region, version };
         let (known, counting) = (orchestrator.membership.clone(), orchestrator.clone());
         let server = orchestrator
@@ -604,6 +627,8 @@ impl Orchestrator {
         let announced = announce::keep_announced(&*transport, &topic, &stop);
         tokio::join!(server.run(stop.clone(), DRAIN), announced);
         ended.cancel();
+        orchestrator.checks.close();
+        orchestrator.checks.wait().await;
         background.close();
         background.wait().await;
         Ok(())
@@ -676,6 +701,20 @@ impl Orchestrator {
     #[expect(clippy::unused_async, reason = "handlers are async")]
     async fn explain(self: Arc<Self>, _: Caller, request: ExplainRequest) -> Result<Arc<Decision>, WireError> {
         self.decisions.get(request.correlation_id).ok_or_else(refusals::forgotten)
+    }
+}
+
+/// Makes the next call to each peer check its connection first, each time this process did not run for a while: its peers
+/// may have given up their connections meanwhile.
+async fn suspect_after_pauses(client: Client, stop: CancellationToken) {
+    let mut last = Instant::now();
+    while stop.run_until_cancelled(time::sleep(PAUSE_CHECKED_EVERY)).await.is_some() {
+        let now = Instant::now();
+        if now - last >= PAUSE {
+            warn!(secs = (now - last).as_secs(), "this process was stopped for a while, connections are checked");
+            client.suspect_all();
+        }
+        last = now;
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -21,7 +22,7 @@ use protocol::policy::TenantPolicy;
 use protocol::signature::NodeKey;
 use protocol::token::{ApiToken, RANDOM_BYTES, TokenKind};
 use protocol::usage::TokenUsage;
-use protocol::{Digest, ErrorCode, Topic, UnixMillis, WireError, codec};
+use protocol::{Digest, ErrorCode, Region, Topic, UnixMillis, WireError, codec};
 use rpc::{Interrupted, Membership, MemoryNetwork, ResponseSink, Server, StreamCall};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -156,6 +157,26 @@ impl Fake {
             _ => self.orchestrator(server),
         };
         tasks.spawn(server.run(stop.clone(), Duration::from_millis(100)));
+    }
+
+    /// Adds an orchestrator that knows no worker. Returns how many jobs it has refused.
+    pub(crate) async fn orchestrator_without_workers(
+        &self,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+    ) -> Arc<AtomicUsize> {
+        let refused = Arc::<AtomicUsize>::default();
+        let node = self.network.node(&NodeKey::from_seed(&[3; 32]));
+        let region: Region = "local".parse().expect("region");
+        node.announce(&Topic::Control(region.clone())).await.expect("announced");
+        let info = NodeInfo { roles: vec![NodeRole::Orchestrator], region, version: "0".into() };
+        let counted = refused.clone();
+        let server = Server::new(node, info).stream(SUBMIT, move |call: StreamCall| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            call.refuse(WireError::new(ErrorCode::NoCapacity, "no worker").with_retry_after(Duration::from_secs(1)))
+        });
+        tasks.spawn(server.run(stop.clone(), Duration::from_millis(100)));
+        refused
     }
 
     fn registry(&self, server: Server) -> Server {

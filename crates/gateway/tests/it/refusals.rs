@@ -340,3 +340,18 @@ async fn a_network_that_is_away_is_told_apart_from_a_wrong_request() {
     assert!(headers.contains_key("retry-after"));
     network.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_orchestrator_without_room_does_not_refuse_for_another_that_has_some() {
+    let rate_limit = RateLimitConfig { requests_per_minute: 0, ..RateLimitConfig::default() };
+    let network = Network::start_with(Config { rate_limit, ..config() }).await;
+    let refused = network.fake.orchestrator_without_workers(&network.tasks, &network.stop).await;
+    while refused.load(std::sync::atomic::Ordering::SeqCst) < 3 {
+        assert_eq!(network.chat("hi").await.status(), 200);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let before = network.fake.jobs.lock().len();
+    expect_error(network.chat("refuse no_capacity").await, 503, "no_capacity", None).await;
+    assert_eq!(network.fake.jobs.lock().len(), before + 1, "each is asked once, and not again and again");
+    network.end().await;
+}

@@ -297,3 +297,17 @@ fn a_worker_is_as_loaded_as_the_larger_of_its_word_and_our_count() {
     }
     assert_eq!(load(&fleet), Some(0));
 }
+
+#[test]
+fn a_worker_is_taken_back_unless_it_was_set_aside_again() {
+    let (fleet, now) = (fleet(), Instant::now());
+    let (worker, later) = (PublicKey([1; 32]), |seconds| now + Duration::from_secs(seconds));
+    fleet.update(report(1, &["m"]), now);
+    let barred = || fleet.with_candidates(&[of(&model("m"))], now, |mut found| found.next()).expect("known").barred;
+    fleet.set_aside(worker, later(5));
+    fleet.set_aside(worker, later(6));
+    fleet.take_back(worker, later(5));
+    assert_eq!(barred(), Some(Refusal::SetAside));
+    fleet.take_back(worker, later(6));
+    assert_eq!(barred(), None);
+}
