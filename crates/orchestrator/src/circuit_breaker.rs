@@ -149,10 +149,10 @@ impl CircuitBreaker {
     /// caller left, the prompt was too long) call [`CircuitBreaker::abandon`] instead.
     ///
     /// A worker or an engine that dies fails all its jobs at once. That counts as one failure, not one per job: the
-    /// outcome of a job that began before its worker's last counted failure is ignored.
+    /// failure of a job that began before its worker's last counted failure is ignored.
     pub fn record(&mut self, outcome: Outcome, now: Instant) {
         let Outcome { good, worker, began } = outcome;
-        if self.failed_at.get(&worker).is_some_and(|failed_at| began < *failed_at) {
+        if !good && self.failed_at.get(&worker).is_some_and(|failed_at| began < *failed_at) {
             return;
         }
         if !good {
@@ -256,6 +256,18 @@ mod tests {
             fail(&mut breaker, 1, began + seconds(second));
         }
         assert_eq!(breaker.state(), BreakerState::Open);
+    }
+
+    #[test]
+    fn long_jobs_that_go_well_count_though_another_has_failed_meanwhile() {
+        let (mut breaker, mut now) = breaker();
+        for number in 0..200 {
+            now += seconds(1);
+            // Jobs of ten seconds, of which each fifth fails at once.
+            let (good, lasted) = if number % 5 == 0 { (false, seconds(0)) } else { (true, seconds(10)) };
+            breaker.record(outcome(good, now - lasted), now);
+            assert_eq!(breaker.state(), BreakerState::Closed, "job {number}");
+        }
     }
 
     #[test]

@@ -28,6 +28,9 @@ pub struct Config {
     pub attempts_max: u32,
     /// Seconds without a chunk after which an attempt has failed. A chunk that only has progress counts.
     pub stall_secs: u64,
+    /// Seconds after which an attempt has failed if its worker only reports progress: no further token of the prompt is
+    /// evaluated, and none of the answer arrives. It includes the wait in the worker's queue; 0 means no limit.
+    pub token_stall_secs: u64,
     /// Seconds for which a caller may leave a chunk unread before it counts as gone.
     pub caller_stall_secs: u64,
     /// Seconds within which a job's first token must come, if the caller sets no deadline.
@@ -57,6 +60,7 @@ impl Default for Config {
             set_aside_secs: 15,
             attempts_max: 3,
             stall_secs: 120,
+            token_stall_secs: 600,
             caller_stall_secs: 60,
             deadline_secs: 1_800,
             lease_secs: 30,

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::infer::{FinishReason, START};
+use protocol::infer::{FinishReason, Progress, START};
 use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, WireError, WorkerId, codec};
@@ -14,6 +14,7 @@ use serde::de::IgnoredAny;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
+use crate::advance::Advance;
 use crate::bounds::{Bounds, Content, Meter};
 use crate::job::JobEvent;
 use crate::journal::Entry;
@@ -205,7 +206,7 @@ struct ChunkHead<'a> {
     #[serde(borrow)]
     payload: PayloadHead<'a>,
     #[serde(default)]
-    progress: Option<IgnoredAny>,
+    progress: Option<Progress>,
     #[serde(default)]
     model: Option<ModelKey>,
 }
@@ -256,15 +257,23 @@ impl PayloadHead<'_> {
     }
 }
 
-/// Sends a job to a worker and relays its answer, or the rest of it, except the last chunk. `context_length` is what the worker reports for
-/// the model, in tokens; 0 if unknown.
+/// How long a worker is waited for.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    pub options: StreamOptions,
+    /// The longest time without a token and without advance in the prompt, whatever the worker reports.
+    pub token_stall: Option<Duration>,
+}
+
+/// Sends a job to a worker and relays its answer, or the rest of it, except the last chunk. `context_length` is what the
+/// worker reports for the model, in tokens; 0 if unknown.
 ///
 /// A chunk of another job or attempt, out of order, or beyond what the request asks for, fails the attempt, so that an
 /// abandoned or dishonest worker cannot add to the answer or to the bill.
 pub async fn attempt(
     client: &Client,
     worker_id: WorkerId,
-    options: StreamOptions,
+    timeouts: Timeouts,
     context_length: u32,
     void: &CancellationToken,
     journey: &mut Journey,
@@ -277,8 +286,8 @@ pub async fn attempt(
         journey.meter = Some(Meter::new(bounds));
     }
     let mut meter = journey.meter.unwrap_or_else(|| Meter::new(bounds));
-    let mut relayed = Relayed::begin();
-    let opening = client.open_stream(worker_id, START, body, options);
+    let mut relayed = Relayed::begin(timeouts.token_stall);
+    let opening = client.open_stream(worker_id, START, body, timeouts.options);
     let opened = tokio::select! {
         opened = opening => opened,
         () = delivery.gone() => return AttemptEnd::CallerGone { usage: TokenUsage::default() },
@@ -326,6 +335,7 @@ struct Relayed {
     heard_at: Instant,
     /// The worker's longest silence before its answer began.
     silence: Duration,
+    advance: Advance,
 }
 
 async fn relay(
@@ -363,7 +373,11 @@ async fn relay(
         if !relayed.has_begun {
             relayed.heard();
         }
-        if head.progress.is_some() {
+        if let Some(progress) = head.progress {
+            if relayed.advance.has_stalled(progress, Instant::now()) {
+                let error = WireError::new(ErrorCode::WorkerFailed, "the worker made no progress with the answer");
+                return Relay::Failed { error, fault: Fault::None };
+            }
             if journey.wants_progress && delivery.send_progress(&bytes).await.is_err() {
                 return Relay::CallerGone;
             }
@@ -372,6 +386,7 @@ async fn relay(
         // The deadline limits only the time until the answer begins. An answer that has begun continues as long as its
         // caller reads.
         answer.lift_deadline();
+        relayed.advance.token(Instant::now());
         if !std::mem::replace(&mut relayed.has_begun, true) && request.delivered.is_some() {
             journey.continued += 1;
         }
@@ -402,8 +417,10 @@ async fn relay(
 }
 
 impl Relayed {
-    fn begin() -> Self {
-        Self { has_begun: false, heard_at: Instant::now(), silence: Duration::ZERO }
+    fn begin(token_stall: Option<Duration>) -> Self {
+        let now = Instant::now();
+        let advance = Advance::begin(token_stall, now);
+        Self { has_begun: false, heard_at: now, silence: Duration::ZERO, advance }
     }
 
     /// Records that the worker sent a chunk.

@@ -78,6 +78,8 @@ pub struct Journey {
     pub doubted: Option<(WorkerId, WireError)>,
     /// The workers whose engine crashed on it.
     pub crashed: Vec<WorkerId>,
+    /// The workers that refused it as full.
+    pub refusing: Vec<WorkerId>,
     /// Whether the current attempt was sent to its worker.
     pub is_dispatched: bool,
     /// When the current attempt began.
@@ -123,6 +125,7 @@ impl Journey {
             verdicts: vec![],
             doubted: None,
             crashed: vec![],
+            refusing: vec![],
             is_dispatched: false,
             attempt_began: Instant::now(),
             crashes: 0,

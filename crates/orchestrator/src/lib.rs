@@ -3,6 +3,7 @@
 //! Decisions are pure functions of the state and the current time ([`scheduler`], [`circuit_breaker`],
 //! [`retry_manager`], [`job`], `journal`); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
 
+mod advance;
 mod bounds;
 pub mod circuit_breaker;
 pub mod config;

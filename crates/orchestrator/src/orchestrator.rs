@@ -33,7 +33,7 @@ use tracing::{debug, info, warn};
 
 use crate::circuit_breaker::{Admission, CircuitBreaker, Outcome};
 use crate::config::Config;
-use crate::crash_record::{CRASHES_MAX, CrashRecord};
+use crate::crash_record::{CRASHES_MAX, CrashRecord, EngineCrash};
 use crate::decision_log::DecisionLog;
 use crate::discovery_sub::DiscoverySub;
 use crate::discovery_sub::search::Search;
@@ -178,10 +178,10 @@ impl Orchestrator {
         breakers.get(model).is_some_and(|breaker| breaker.refuses(Instant::now()))
     }
 
-    /// Asks the breaker whether the job may run. Once its first attempt is admitted, later attempts pass without
-    /// asking: a worker's failure before the first token costs the caller nothing.
+    /// Asks the breaker whether the job may run. A job that was accepted passes without asking: a worker's failure before
+    /// the first token costs the caller nothing.
     fn pass_breaker(&self, journey: &mut Journey) -> Result<(), WireError> {
-        if !journey.tried.is_empty() {
+        if journey.reservation.is_some() || !journey.tried.is_empty() {
             journey.admission = Some(Admission::Pass);
             return Ok(());
         }
@@ -239,7 +239,11 @@ impl Orchestrator {
         let (worker_id, void) = (reservation.worker_id, reservation.void.clone());
         let context_length = self.fleet.context_length(worker_id, journey.model());
         journey.is_dispatched = true;
-        Ok(dispatch::attempt(&self.client, worker_id, options, context_length, &void, journey, delivery).await)
+        let timeouts = dispatch::Timeouts {
+            options,
+            token_stall: (self.config.token_stall_secs > 0).then(|| Duration::from_secs(self.config.token_stall_secs)),
+        };
+        Ok(dispatch::attempt(&self.client, worker_id, timeouts, context_length, &void, journey, delivery).await)
     }
 
     /// Decides whether another attempt follows.
@@ -397,7 +401,10 @@ impl Orchestrator {
         journey.crashes += 1;
         let (content, now) = (journey.content(), Instant::now());
         let mut crashes = self.crashes();
-        crashes.crashed(content, error.suspects.unwrap_or(1), now);
+        if let Some(worker) = journey.last_worker() {
+            let (began, suspects) = (journey.attempt_began, error.suspects.unwrap_or(1));
+            crashes.crashed(content, EngineCrash { worker, began, suspects }, now);
+        }
         let is_dead = journey.crashes >= CRASHES_MAX || crashes.is_convicted(&content, now);
         warn!(
             correlation_id = %journey.request.correlation_id,
@@ -438,6 +445,7 @@ impl Orchestrator {
             let is_alone =
                 error.code == ErrorCode::EngineCrashed && error.suspects.is_none_or(|suspects| suspects <= 1);
             journey.crashed.extend(is_alone.then_some(worker));
+            journey.refusing.extend((error.code == ErrorCode::WorkerFull).then_some(worker));
         }
         // A worker that takes no calls is no fault of the model.
         let is_away =
@@ -454,11 +462,11 @@ impl Orchestrator {
         }
         if let AttemptEnd::Complete { .. } = end {
             let doubted = journey.doubted.take().map(|(worker, _)| worker);
-            let doubted = doubted.filter(|doubted| Some(*doubted) != worker);
-            if let Some(doubted) = doubted
-                && let Some(until) = self.records.lock().contradicted(doubted, now)
-            {
-                self.eject(doubted, until, "it refused jobs that other workers of their model did");
+            let refusing = std::mem::take(&mut journey.refusing).into_iter().chain(doubted);
+            for refusing in refusing.filter(|refusing| Some(*refusing) != worker) {
+                if let Some(until) = self.records.lock().contradicted(refusing, now) {
+                    self.eject(refusing, until, "it refused jobs that other workers of their model did");
+                }
             }
             // The request is not what crashed these.
             for crashed in std::mem::take(&mut journey.crashed) {

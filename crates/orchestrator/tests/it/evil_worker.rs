@@ -54,7 +54,8 @@ pub(crate) enum Lie {
     Refuses(ErrorCode),
 }
 
-const LIES: [Lie; 20] = [
+const LIES: [Lie; 21] = [
+    Lie::Refuses(ErrorCode::WorkerFull),
     Lie::OverclaimsAnswer,
     Lie::OverclaimsPrompt,
     Lie::ClaimsAllOfOne,

@@ -150,3 +150,25 @@ async fn callers_faults_do_not_open_the_breaker() {
     }
     assert_eq!(worker.jobs_seen(), 20);
 }
+
+#[tokio::test]
+async fn a_job_that_was_accepted_is_not_refused_by_the_breaker_that_opens_meanwhile() {
+    let stand = stand(Config::default()).await;
+    let (first, second) = stand.pair(Manner::Wait, Manner::DieAfter(0)).await;
+    let job = stand.job();
+    let waiting = stand.submit(&job);
+    let failing = async {
+        while first.jobs_seen() == 0 {
+            tokio::task::yield_now().await;
+        }
+        first.report(&stand, |report| report.draining = true).await.expect("believed");
+        for _ in 0..10 {
+            stand.answer(&stand.job()).await.expect_err("the worker dies");
+        }
+        assert_eq!(stand.answer(&stand.job()).await.expect_err("refused").code, ErrorCode::BreakerOpen);
+        *second.manner.lock() = Manner::Answer(1);
+        stand.network.cut(first.key.public_key());
+    };
+    let (answer, ()) = tokio::join!(waiting, failing);
+    answer.expect("accepted").next().await.expect("a chunk").expect("answered by the other");
+}

@@ -96,3 +96,15 @@ async fn a_running_answer_outlives_its_deadline_and_one_that_has_not_begun_does_
     assert_eq!((chunks, error.map(|error| error.code)), (vec![], Some(ErrorCode::DeadlineExceeded)));
     worker.cancelled.notified().await;
 }
+
+#[tokio::test]
+async fn a_worker_that_only_says_that_it_works_is_given_up_and_another_answers() {
+    let stand = stand(Config { token_stall_secs: 1, ..Config::default() }).await;
+    let (idle, healthy) = stand.pair(Manner::Idle, Manner::Answer(2)).await;
+    let answer = submit(&stand, &wanting_progress(&stand), Duration::from_mins(15)).await.expect("accepted");
+    let (chunks, progress, error) = listen(answer).await;
+    assert_eq!((error, chunks.len()), (None, 3));
+    assert!(progress > 1 && chunks.iter().all(|chunk| chunk.attempt == 2), "{chunks:?}");
+    idle.cancelled.notified().await;
+    assert_eq!((idle.jobs_seen(), healthy.jobs_seen()), (1, 1));
+}

@@ -53,6 +53,10 @@ pub(crate) enum Manner {
     Read(u64),
     /// Reads the prompt for so many seconds, then says nothing.
     FallSilent(u64),
+    /// Reports again and again that it has read nothing.
+    Idle,
+    /// Is stopped after this many chunks.
+    StopAfter(u64),
     /// Says nothing at all.
     Mute,
     /// Takes the job, sends one chunk, and waits until it is cancelled.
@@ -432,17 +436,28 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             let _call = call;
             return std::future::pending().await;
         }
-        Manner::Answer(chunks) | Manner::DieAfter(chunks) | Manner::CrashAfter(chunks) | Manner::DieUntold(chunks) => {
-            chunks
-        }
+        Manner::Answer(chunks)
+        | Manner::DieAfter(chunks)
+        | Manner::CrashAfter(chunks)
+        | Manner::StopAfter(chunks)
+        | Manner::DieUntold(chunks) => chunks,
         Manner::Hang | Manner::WrongAttempt | Manner::AnswerAs(_) | Manner::Only(_) => 1,
-        Manner::Crash(_) | Manner::Wait | Manner::Read(_) | Manner::FallSilent(_) => 0,
+        Manner::Crash(_) | Manner::Idle | Manner::Wait | Manner::Read(_) | Manner::FallSilent(_) => 0,
     };
     let Ok(mut reply) = call.accept().await else { return };
     for seq in first..chunks {
         if reply.send(&chunk(seq, false)).await.is_err() {
             return cancelled.notify_one();
         }
+    }
+    if let Manner::Idle = manner {
+        let (progress, model, payload) = (Some(Progress::default()), None, Payload::default());
+        let correlation_id = request.correlation_id;
+        let chunk = InferChunk { correlation_id, seq: 0, payload, model, done: false, attempt, progress };
+        while reply.send(&codec::encode(&chunk)).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        return cancelled.notify_one();
     }
     if let Manner::Read(seconds) | Manner::FallSilent(seconds) = manner {
         for second in 0..seconds {
@@ -481,6 +496,9 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         }
         Manner::CrashAfter(_) => {
             let _ = reply.fail(WireError::new(ErrorCode::EngineCrashed, "the engine crashed, try again")).await;
+        }
+        Manner::StopAfter(_) => {
+            let _ = reply.fail(WireError::new(ErrorCode::WorkerStopping, "the worker is stopping")).await;
         }
         Manner::Crash(suspects) => {
             let error = WireError::new(ErrorCode::EngineCrashed, "the engine crashed, try again");

@@ -1,0 +1,68 @@
+//! Tells a worker that gets on with a job from one that only says so. Pure.
+
+use std::time::Duration;
+
+use protocol::infer::Progress;
+use tokio::time::Instant;
+
+/// When an attempt last got on: with the prompt, or with the answer.
+#[derive(Debug)]
+pub(crate) struct Advance {
+    /// The longest time without any; `None` for no limit.
+    stall: Option<Duration>,
+    at: Instant,
+    /// Tokens of the prompt that were read.
+    tokens_read: u32,
+}
+
+impl Advance {
+    pub(crate) fn begin(stall: Option<Duration>, now: Instant) -> Self {
+        Self { stall, at: now, tokens_read: 0 }
+    }
+
+    /// Records that a part of the answer came.
+    pub(crate) fn token(&mut self, now: Instant) {
+        self.at = now;
+    }
+
+    /// Records a report of progress. Returns whether nothing has advanced for too long.
+    pub(crate) fn has_stalled(&mut self, progress: Progress, now: Instant) -> bool {
+        if progress.tokens_read > self.tokens_read {
+            (self.tokens_read, self.at) = (progress.tokens_read, now);
+        }
+        self.stall.is_some_and(|stall| now - self.at >= stall)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STALL: Duration = Duration::from_secs(10);
+
+    fn read(tokens_read: u32) -> Progress {
+        Progress { tokens_read, tokens_total: 9 }
+    }
+
+    #[test]
+    fn whoever_reads_on_may_take_for_ever_and_whoever_repeats_itself_may_not() {
+        let begun = Instant::now();
+        let mut advance = Advance::begin(Some(STALL), begun);
+        for round in 1..100 {
+            assert!(!advance.has_stalled(read(round), begun + STALL * round));
+        }
+        let last = begun + STALL * 99;
+        assert!(!advance.has_stalled(read(99), last + STALL / 2));
+        assert!(!advance.has_stalled(read(5), last + STALL / 2), "what it had read before");
+        assert!(advance.has_stalled(read(99), last + STALL));
+        advance.token(last + STALL);
+        assert!(!advance.has_stalled(read(99), last + STALL * 3 / 2));
+        assert!(advance.has_stalled(read(99), last + STALL * 2));
+    }
+
+    #[test]
+    fn without_a_limit_nothing_stalls() {
+        let begun = Instant::now();
+        assert!(!Advance::begin(None, begun).has_stalled(read(0), begun + STALL * 1000));
+    }
+}
