@@ -93,6 +93,9 @@ impl DiscoverySub {
             }
             Err(rejection) => {
                 self.count(rejection);
+                if matches!(rejection, Rejection::Skew | Rejection::Expired) {
+                    self.fleet.note_skew(remote_key, Instant::now());
+                }
                 Err(rejection)
             }
         }

@@ -107,7 +107,20 @@ struct Worker {
     set_aside_until: Option<Instant>,
     ejected_until: Option<Instant>,
     last_seen: Instant,
+    /// When a report was last rejected because the worker's clock is off.
+    skewed_at: Option<Instant>,
     report: HealthReport,
+}
+
+impl Worker {
+    fn is_silent(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.last_seen) >= EXPIRY
+    }
+
+    /// Returns whether the worker only sends reports that are not believed.
+    fn is_skewed(&self, now: Instant) -> bool {
+        self.is_silent(now) && self.skewed_at.is_some_and(|at| now.saturating_duration_since(at) < EXPIRY)
+    }
 }
 
 impl Fleet {
@@ -174,15 +187,17 @@ impl Fleet {
             // A restarted worker is not blamed for its earlier process.
             set_aside_until: same_start.and_then(|before| before.set_aside_until),
             last_seen: now,
+            skewed_at: None,
             report,
         });
         change
     }
 
-    /// Removes the workers that have been silent for 15 seconds, and returns them.
+    /// Removes the workers that have been silent for 15 seconds, and returns them. One whose clock is off stays, so that
+    /// decisions name the reason why it gets no job.
     pub fn expire(&self, now: Instant) -> Vec<WorkerId> {
         let mut state = self.write();
-        let silent = |worker: &&Worker| now.duration_since(worker.last_seen) >= EXPIRY;
+        let silent = |worker: &&Worker| worker.is_silent(now) && !worker.is_skewed(now);
         let gone: Vec<WorkerId> =
             state.workers.iter().flatten().filter(silent).map(|worker| worker.worker_id).collect();
         for worker_id in &gone {
@@ -194,6 +209,16 @@ impl Fleet {
     /// Removes a worker at once. Returns whether it was known.
     pub fn remove(&self, worker_id: WorkerId) -> bool {
         self.write().remove(worker_id)
+    }
+
+    /// Records that a report was rejected because the worker's clock is off.
+    pub fn note_skew(&self, worker_id: WorkerId, now: Instant) {
+        let mut state = self.write();
+        if let Some(index) = state.by_id.get(&worker_id).copied()
+            && let Some(worker) = &mut state.workers[index]
+        {
+            worker.skewed_at = Some(now);
+        }
     }
 
     /// Sets a worker aside: until `until`, it gets a job only if no other worker can take it.
@@ -471,10 +496,12 @@ impl<'a> CandidateIter<'a> {
         for replica in self.replicas.by_ref() {
             let Some(worker) = &self.workers[replica.worker] else { continue };
             // Expired, but not yet removed by the sweep.
-            if self.now.saturating_duration_since(worker.last_seen) >= EXPIRY {
+            if worker.is_silent(self.now) && !worker.is_skewed(self.now) {
                 continue;
             }
-            let barred = if worker.draining {
+            let barred = if worker.is_skewed(self.now) {
+                Some(Refusal::ClockSkew)
+            } else if worker.draining {
                 Some(Refusal::Draining)
             } else if replica.failed {
                 Some(Refusal::ModelError)

@@ -54,6 +54,8 @@ pub enum Refusal {
     SetAside,
     /// It failed too often or lied. Like one that is set aside, it is chosen only if no other worker can be.
     Ejected,
+    /// Its clock is off, so its reports are not believed. It keeps the jobs that it has.
+    ClockSkew,
     /// It reports another file under the model's name than the catalogue.
     OtherDigest,
     /// It could not load the model.
@@ -79,6 +81,7 @@ impl Refusal {
             Self::Draining => "draining",
             Self::SetAside => "set_aside",
             Self::Ejected => "ejected",
+            Self::ClockSkew => "clock_skew",
             Self::OtherDigest => "other_digest",
             Self::ModelError => "model_error",
             Self::Loading => "loading",

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use protocol::control::{Empty, PRESENCE_DESCRIBE};
+use protocol::control::{Empty, NodeRole, PRESENCE_DESCRIBE};
 use protocol::health::HEARTBEAT;
 use protocol::signature::Signed;
 use protocol::{PublicKey, Region, Topic};
@@ -198,12 +198,19 @@ impl Search {
                     false
                 }
             };
-            if matches!(answer, Ok(_) | Err(CallError::Remote(_))) && !is_worker {
+            if matches!(answer, Ok(_) | Err(CallError::Remote(_))) && !is_worker && !search.may_run_jobs(key) {
                 search.client.disconnect(key);
             }
             search.lock().note(own, key, is_worker, Instant::now());
             drop(permit);
         });
+    }
+
+    /// Returns whether jobs may run on a node though its report is not believed now, for example because its clock is off.
+    fn may_run_jobs(&self, key: PublicKey) -> bool {
+        let membership = self.client.membership();
+        let is_certified = membership.is_checked() && membership.check_role(key, NodeRole::Worker, None).is_ok();
+        is_certified || self.fleet.silence(key, Instant::now()).is_some()
     }
 
     /// Asks a node for its report. When this returns, it is known whether the node may be a worker.

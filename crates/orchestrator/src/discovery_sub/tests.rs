@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use futures_util::FutureExt as _;
 use metadata_store::SqliteStore;
 use observability::Exposition;
 use observability::metrics::register_shed;
@@ -12,12 +13,13 @@ use protocol::model::ModelKey;
 use protocol::prefix::PrefixChain;
 use protocol::signature::NodeKey;
 use protocol::{Digest, Topic, UnixMillis, WireError, codec};
-use rpc::{Client, Membership, MemoryNetwork, Server, Transport};
+use rpc::{Client, Membership, MemoryNetwork, Server, StreamCall, StreamOptions, Transport};
 use tokio_util::task::TaskTracker;
 
 use super::search::Search;
 use super::*;
 use crate::fleet::Wanted;
+use crate::scheduler::Refusal;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -36,6 +38,7 @@ struct Scene {
     fleet: Arc<Fleet>,
     discovery: Arc<DiscoverySub>,
     search: Arc<Search>,
+    client: Client,
     metrics: Metrics,
     exposition: Exposition,
     tasks: TaskTracker,
@@ -75,13 +78,14 @@ impl Scene {
             vec![],
         );
         let node = network.node(&NodeKey::from_seed(&[200; 32]));
-        let search = Arc::new(Search::new(node.clone(), Client::new(node), fleet.clone(), regions));
+        let client = Client::new(node.clone());
+        let search = Arc::new(Search::new(node, client.clone(), fleet.clone(), regions));
         let (discovery, tasks, stop) = (Arc::new(discovery), TaskTracker::new(), CancellationToken::new());
         let taking = discovery.clone();
         let take = move |key, signed: &Signed| taking.take(key, signed).is_ok();
         tasks.spawn(search.clone().run(stop.clone(), take));
         let exposition = Exposition::new(registry);
-        Self { network, clock, fleet, discovery, search, metrics, exposition, tasks, stop }
+        Self { network, clock, fleet, discovery, search, client, metrics, exposition, tasks, stop }
     }
 
     /// Adds a node that announces a topic and returns a report when asked.
@@ -96,12 +100,22 @@ impl Scene {
             let signed = answering.sign();
             async { Ok(signed) }
         });
+        let server = server.stream("run", |call: StreamCall| async {
+            if let Ok(mut reply) = call.accept().await {
+                reply.cancelled().await;
+            }
+        });
         self.tasks.spawn(server.run(self.stop.clone(), SECOND));
         node.announce(topic).await.expect("announced");
         worker
     }
 
     fn routable(&self) -> usize {
+        self.barred().iter().filter(|barred| barred.is_none()).count()
+    }
+
+    /// Why each worker gets no job.
+    fn barred(&self) -> Vec<Option<Refusal>> {
         let wanted = Wanted {
             model: &model(),
             digest: None,
@@ -110,8 +124,7 @@ impl Scene {
             short_context: 0,
             continues: false,
         };
-        self.fleet
-            .with_candidates(&[wanted], Instant::now(), |found| found.filter(|found| found.barred.is_none()).count())
+        self.fleet.with_candidates(&[wanted], Instant::now(), |found| found.map(|found| found.barred).collect())
     }
 }
 
@@ -220,6 +233,34 @@ async fn a_silent_worker_is_gone_after_fifteen_seconds_and_a_leaving_one_at_once
     scene.discovery.take(leaving.key.public_key(), &leaving.sign()).expect("believed");
     assert_eq!((scene.routable(), scene.fleet.len()), (0, 0));
     assert_eq!(scene.metrics.workers_live.get(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_whose_clock_is_off_keeps_its_jobs_and_gets_no_new_one_for_a_named_reason() {
+    let scene = Scene::new();
+    let late = |report: &mut HealthReport| {
+        if report.seq > 0 {
+            (report.issued_at, report.not_after) = (UnixMillis(0), UnixMillis(0).after(EXPIRY));
+        }
+    };
+    let worker = scene.worker(1, &presence(), late).await;
+    time::sleep(SECOND * 3).await;
+    assert_eq!(scene.routable(), 1);
+    let key = worker.key.public_key();
+    let minute = StreamOptions { accept_within: SECOND, deadline: None, stall: SECOND * 60 };
+    let mut job = scene.client.open_stream(key, "run", bytes::Bytes::new(), minute).await.expect("accepted");
+    for _ in 0..12 {
+        time::sleep(HEARTBEAT).await;
+        let rejected = scene.discovery.take(key, &worker.sign());
+        assert_eq!(rejected, Err(Rejection::Skew));
+        scene.discovery.sweep(Instant::now());
+    }
+    assert!(job.next().now_or_never().is_none(), "the job runs on");
+    assert_eq!(scene.barred(), [Some(Refusal::ClockSkew)]);
+    scene.network.cut(key);
+    time::sleep(EXPIRY).await;
+    scene.discovery.sweep(Instant::now());
+    assert_eq!(scene.fleet.len(), 0, "it is gone, whatever its clock says");
 }
 
 #[tokio::test(start_paused = true)]
