@@ -110,6 +110,9 @@ impl Default for RateLimitConfig {
 /// The maximum of a configured time. A longer one could overflow the clock.
 const LONGEST_SECS: u64 = 365 * 24 * 3600;
 
+/// How long a stream that is cut off because the gateway stops has to send its error.
+pub(crate) const CUT_WITHIN: Duration = Duration::from_secs(1);
+
 /// Returns a configured time, at most [`LONGEST_SECS`].
 pub(crate) fn seconds(count: u64) -> Duration {
     Duration::from_secs(count.min(LONGEST_SECS))

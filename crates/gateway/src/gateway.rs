@@ -85,6 +85,8 @@ struct Inner {
     fleet: Cached<Fleet>,
     jobs: Arc<Semaphore>,
     tracker: TaskTracker,
+    /// Cancelled when the drain time is over: streams that still run are ended with an error.
+    cut: CancellationToken,
     /// Notified when the TLS files are to be reloaded.
     reload: Notify,
 }
@@ -107,6 +109,7 @@ impl Gateway {
             fleet: Cached::new(FLEET_BELIEVED),
             jobs: Arc::new(Semaphore::new(config.jobs_max.min(Semaphore::MAX_PERMITS))),
             tracker: TaskTracker::new(),
+            cut: CancellationToken::new(),
             reload: Notify::new(),
             config,
         };
@@ -502,6 +505,11 @@ impl Gateway {
 
     pub(crate) fn transport(&self) -> &Arc<dyn Transport> {
         &self.inner.transport
+    }
+
+    /// Returns the token that is cancelled when the streams that still run must end.
+    pub(crate) fn cut(&self) -> &CancellationToken {
+        &self.inner.cut
     }
 
     /// Returns the tracker of this gateway's tasks.

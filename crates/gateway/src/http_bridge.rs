@@ -32,7 +32,7 @@ use tracing::{debug, info, warn};
 
 use self::connection::Connections;
 use self::tls::Tls;
-use crate::config::seconds;
+use crate::config::{CUT_WITHIN, seconds};
 use crate::gateway::Gateway;
 
 /// The pause after `accept` failed, for example for lack of file descriptors.
@@ -93,7 +93,7 @@ impl HttpBridge {
     pub(crate) async fn run(self, stop: CancellationToken, drained: CancellationToken) {
         let Self { gateway, listener, address, tls } = self;
         let tracker = gateway.tracker().clone();
-        let drain = seconds(gateway.config().drain_secs);
+        let drain = seconds(gateway.config().drain_secs) + CUT_WITHIN;
         let slots = Arc::new(Semaphore::new(gateway.config().connections_max.min(Semaphore::MAX_PERMITS)));
         let abort = CancellationToken::new();
         if let Some(tls) = &tls {

@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 
+use tokio::time;
 use tokio_util::sync::CancellationToken;
 
+use crate::config::seconds;
 use crate::gateway::Gateway;
 use crate::http_bridge::{GatewayError, HttpBridge};
 use crate::rpc_gateway::RpcGateway;
@@ -46,6 +48,13 @@ impl OpenGateway {
         let drained = CancellationToken::new();
         let (tended, tending) = (gateway.clone(), drained.clone());
         tracker.spawn(async move { tended.tend(tending).await });
+        let (cutting, stopping, finished) = (gateway.clone(), stop.clone(), drained.clone());
+        tracker.spawn(async move {
+            let drain = seconds(cutting.config().drain_secs);
+            stopping.cancelled().await;
+            finished.run_until_cancelled(time::sleep(drain)).await;
+            cutting.cut().cancel();
+        });
         let rpc = RpcGateway::new(gateway);
         tokio::join!(http.run(stop.clone(), drained.clone()), rpc.run(stop));
         drained.cancel();

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::answer::{Answer, Whole};
-use crate::config::{Config, seconds};
+use crate::config::{CUT_WITHIN, Config, seconds};
 use crate::gateway::Gateway;
 use crate::infer_request::native;
 use crate::job::Job;
@@ -29,6 +29,7 @@ use crate::openai::response::models::ModelList;
 use crate::openai::response::vectors::write_vectors;
 use crate::openai::response::whole::write_whole;
 use crate::request_context::Origin;
+use crate::upstream;
 use submission::{Read, Submission, Words, parse_submission};
 
 /// Maximum concurrent calls besides running jobs: lists of models, and jobs about to be refused.
@@ -102,7 +103,7 @@ impl RpcGateway {
         let topic = Topic::Control(config.region);
         info!(key = %transport.public_key(), "serving RPC");
         let announced = announce::keep_announced(&*transport, &topic, &stop);
-        tokio::join!(server.run(stop.clone(), seconds(config.drain_secs)), announced);
+        tokio::join!(server.run(stop.clone(), seconds(config.drain_secs) + CUT_WITHIN), announced);
     }
 
     fn serve(self, server: Server) -> Server {
@@ -130,7 +131,7 @@ impl RpcGateway {
         match opened {
             Ok(Opened { answer, .. }) => {
                 if let Ok(reply) = call.accept().await {
-                    relay(*answer, reply, write_timeout).await;
+                    relay(*answer, reply, write_timeout, self.gateway.cut()).await;
                 }
             }
             // The result is ignored: a caller that no longer listens needs no response.
@@ -217,10 +218,11 @@ fn native_answer(answer: &Answer, whole: Whole) -> Option<GatewayAnswer> {
 }
 
 /// Forwards the chunks. A caller that leaves one unread for too long counts as gone, which cancels the job.
-async fn relay(mut answer: Answer, mut reply: ResponseSink, write_timeout: Duration) {
+async fn relay(mut answer: Answer, mut reply: ResponseSink, write_timeout: Duration, cut: &CancellationToken) {
     loop {
         let piece = tokio::select! {
             biased;
+            () = cut.cancelled() => Some(Err(upstream::stopping())),
             piece = answer.next() => piece,
             () = reply.cancelled() => return,
         };

@@ -212,6 +212,12 @@ fn lost() -> WireError {
         .with_retry_after(Duration::from_secs(1))
 }
 
+/// Returns the error for an answer that is cut off because its gateway stops.
+pub(crate) fn stopping() -> WireError {
+    WireError::new(ErrorCode::Unavailable, "this gateway is stopping, and the answer took too long to end, try again")
+        .with_retry_after(Duration::from_secs(1))
+}
+
 /// Returns the error for a role of which no node responds.
 pub(crate) fn away(role: NodeRole) -> WireError {
     let message = match role {

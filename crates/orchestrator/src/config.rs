@@ -35,6 +35,8 @@ pub struct Config {
     pub caller_stall_secs: u64,
     /// Seconds within which a job's first token must come, if the caller sets no deadline.
     pub deadline_secs: u64,
+    /// Seconds that running jobs have to finish when the orchestrator stops. As long as workers have.
+    pub drain_secs: u64,
     /// Seconds after which a reservation expires unless it is renewed. It is renewed after a third of this time.
     pub lease_secs: u64,
     /// Seconds for which a request that crashed an engine is remembered. After two crashes it is refused. With 0 it is
@@ -63,6 +65,7 @@ impl Default for Config {
             token_stall_secs: 600,
             caller_stall_secs: 60,
             deadline_secs: 1_800,
+            drain_secs: 30,
             lease_secs: 30,
             crashes_kept_secs: 600,
             policy_cache_secs: 5,

@@ -57,8 +57,6 @@ const CHECK_WITHIN: Duration = Duration::from_secs(5);
 /// How long this process must have been stopped for its connections to be checked.
 const PAUSE: Duration = Duration::from_secs(3);
 const PAUSE_CHECKED_EVERY: Duration = Duration::from_millis(500);
-/// How long running jobs may take to finish once the orchestrator stops.
-const DRAIN: Duration = Duration::from_secs(10);
 
 /// Dependencies of an [`Orchestrator`].
 pub struct OrchestratorParts {
@@ -341,7 +339,8 @@ impl Orchestrator {
                     .take()
                     .filter(|_| error.code == ErrorCode::NoCapacity)
                     .unwrap_or_else(|| error.clone());
-                (Ending::failed(error.as_job_failure()), JobEvent::Fail)
+                let error = if delivery.has_begun() { refusals::in_mid_answer(error) } else { error.as_job_failure() };
+                (Ending::failed(error), JobEvent::Fail)
             }
             AttemptEnd::Dead { error } => (Ending::dead(error.clone()), JobEvent::Die),
         };
@@ -621,6 +620,7 @@ impl Orchestrator {
 
         background.spawn(suspect_after_pauses(orchestrator.client.clone(), ended.clone()));
 
+        let drain = Duration::from_secs(orchestrator.config.drain_secs);
         let info = NodeInfo { roles: vec![NodeRole::Orchestrator], region, version };
         let (known, counting) = (orchestrator.membership.clone(), orchestrator.clone());
         let server = orchestrator
@@ -633,7 +633,7 @@ impl Orchestrator {
             })
             .body_limit(move |key| if known.is_member(key) { MESSAGE_BYTES_MAX } else { STRANGER_BYTES_MAX });
         let announced = announce::keep_announced(&*transport, &topic, &stop);
-        tokio::join!(server.run(stop.clone(), DRAIN), announced);
+        tokio::join!(server.run(stop.clone(), drain), announced);
         ended.cancel();
         orchestrator.checks.close();
         orchestrator.checks.wait().await;

@@ -54,6 +54,20 @@ pub(crate) fn repeated(known: &JobRecord, fingerprint: &[u8; 32]) -> WireError {
     WireError::new(ErrorCode::IdempotencyInProgress, message).with_retry_after(Duration::from_secs(1))
 }
 
+/// The error of a job that failed in the middle of its answer, where a refusal of its worker can no longer be one.
+pub(crate) fn in_mid_answer(error: WireError) -> WireError {
+    match error.code {
+        ErrorCode::WorkerStopping => {
+            let message = "the worker was stopped in the middle of the answer, try again";
+            WireError::new(ErrorCode::WorkerFailed, message)
+        }
+        ErrorCode::WorkerFull | ErrorCode::ModelNotHere => {
+            WireError::new(ErrorCode::WorkerFailed, "the worker gave up in the middle of the answer, try again")
+        }
+        _ => error.as_job_failure(),
+    }
+}
+
 /// The error of a lookup for a decision that is no longer kept.
 pub(crate) fn forgotten() -> WireError {
     WireError::new(ErrorCode::NotFound, "no decision of this job is remembered")

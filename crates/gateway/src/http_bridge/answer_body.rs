@@ -9,9 +9,10 @@ use bytes::{Bytes, BytesMut};
 use http_body::Frame;
 use protocol::WireError;
 use tokio::time::{self, Instant, Sleep};
-use tokio_util::sync::ReusableBoxFuture;
+use tokio_util::sync::{CancellationToken, ReusableBoxFuture, WaitForCancellationFutureOwned};
 
 use crate::answer::{Answer, Piece, StreamFormat};
+use crate::upstream;
 
 /// Pieces that are ready are written in one frame, up to about this many bytes.
 const COALESCED_BYTES: usize = 16 * 1024;
@@ -27,6 +28,8 @@ pub(super) struct AnswerBody<F> {
     /// How often a silent stream sends a keep-alive.
     keep_alive_every: Duration,
     keep_alive: Pin<Box<Sleep>>,
+    /// Resolves when the stream must end, because the gateway stops.
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 /// An event, and the answer it came from.
@@ -45,9 +48,9 @@ enum Event {
 
 impl<F: StreamFormat> AnswerBody<F> {
     /// Creates the body of an answer that has begun.
-    pub(super) fn new(mut format: F, answer: Box<Answer>, keep_alive_every: Duration) -> Self {
+    pub(super) fn new(mut format: F, answer: Box<Answer>, keep_alive_every: Duration, cut: &CancellationToken) -> Self {
         format.begin(&answer);
-        Self::waiting(format, ReusableBoxFuture::new(next(answer)), keep_alive_every)
+        Self::waiting(format, ReusableBoxFuture::new(next(answer)), keep_alive_every, cut)
     }
 
     /// Creates the body of an answer that has not begun yet.
@@ -55,6 +58,7 @@ impl<F: StreamFormat> AnswerBody<F> {
         format: F,
         opening: impl Future<Output = Result<Box<Answer>, WireError>> + Send + 'static,
         keep_alive_every: Duration,
+        cut: &CancellationToken,
     ) -> Self {
         let begun = async move {
             match opening.await {
@@ -62,11 +66,17 @@ impl<F: StreamFormat> AnswerBody<F> {
                 Err(error) => Step { answer: None, event: Event::Failed(error) },
             }
         };
-        Self::waiting(format, ReusableBoxFuture::new(begun), keep_alive_every)
+        Self::waiting(format, ReusableBoxFuture::new(begun), keep_alive_every, cut)
     }
 
-    fn waiting(format: F, wait: ReusableBoxFuture<'static, Step>, keep_alive_every: Duration) -> Self {
+    fn waiting(
+        format: F,
+        wait: ReusableBoxFuture<'static, Step>,
+        keep_alive_every: Duration,
+        cut: &CancellationToken,
+    ) -> Self {
         Self {
+            cut: Box::pin(cut.child_token().cancelled_owned()),
             format,
             wait,
             buffer: BytesMut::new(),
@@ -104,6 +114,16 @@ impl<F: StreamFormat> AnswerBody<F> {
         }
     }
 
+    /// Ends the stream with an error if the gateway must stop now.
+    fn cut_if_stopping(&mut self, context: &mut Context<'_>) {
+        if !self.finished && self.cut.as_mut().poll(context).is_ready() {
+            self.format.failure(&upstream::stopping(), &mut self.buffer);
+            self.finished = true;
+            // Drops the answer, which cancels the job.
+            self.wait.set(std::future::pending());
+        }
+    }
+
     /// Returns `Ready` when the stream has been silent for so long that a keep-alive is due.
     fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
@@ -136,6 +156,7 @@ impl<F: StreamFormat> http_body::Body for AnswerBody<F> {
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let body = self.get_mut();
         body.gather(context);
+        body.cut_if_stopping(context);
         if !body.buffer.is_empty() {
             body.silent_since = Instant::now();
             return Poll::Ready(Some(Ok(Frame::data(body.buffer.split().freeze()))));
@@ -182,7 +203,7 @@ mod tests {
             Err(WireError::new(protocol::ErrorCode::NoCapacity, "full"))
         };
         let begun = Instant::now();
-        let mut body = AnswerBody::pending(Marks, opening, Duration::from_secs(10));
+        let mut body = AnswerBody::pending(Marks, opening, Duration::from_secs(10), &CancellationToken::new());
         let mut seen = vec![];
         while let Some(frame) = body.frame().await {
             let data = frame.expect("infallible").into_data().expect("data");

@@ -87,10 +87,10 @@ pub(super) async fn stream<F: StreamFormat>(
     let (body, answer) = match time::timeout(keep_alive, &mut opening).await {
         Ok(Ok(answer)) => {
             let facts = AnswerFacts::of(&answer);
-            (AnswerBody::new(format, answer, keep_alive), Some(facts))
+            (AnswerBody::new(format, answer, keep_alive, bridge.gateway.cut()), Some(facts))
         }
         Ok(Err(error)) => return response_headers.failure(bridge, &error),
-        Err(_) => (AnswerBody::pending(format, opening, keep_alive), None),
+        Err(_) => (AnswerBody::pending(format, opening, keep_alive, bridge.gateway.cut()), None),
     };
     let mut response = Response::new(Body::new(body));
     let headers = response.headers_mut();

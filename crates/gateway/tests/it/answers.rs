@@ -298,3 +298,22 @@ async fn repeats_with_only_a_retry_token_are_one_job_whatever_their_deadline() {
     assert_eq!((without.fingerprint, without.correlation_id.0.get_version_num()), (None, 7));
     network.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_outlives_the_drain_of_its_gateway_ends_with_an_error_and_no_end_of_the_answer() {
+    let network = Network::start().await;
+    let mut native =
+        network.post("/infer", &json!({"modelId": "tiny", "input": "endless"})).send().await.expect("begun");
+    let mut chat = network.chat_streamed("endless").await;
+    for response in [&mut native, &mut chat] {
+        response.chunk().await.expect("no error").expect("a chunk");
+    }
+    network.stop.cancel();
+    let (native, chat) = (native.text().await.expect("whole"), chat.text().await.expect("whole"));
+    for text in [native, chat] {
+        let last = text.trim_end().lines().last().expect("a line").trim_start_matches("data: ");
+        let error: Value = serde_json::from_str(last).expect("JSON");
+        assert_eq!(error["error"]["code"], "unavailable", "{last}");
+    }
+    network.end().await;
+}

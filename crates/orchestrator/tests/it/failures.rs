@@ -172,3 +172,21 @@ async fn a_job_that_was_accepted_is_not_refused_by_the_breaker_that_opens_meanwh
     let (answer, ()) = tokio::join!(waiting, failing);
     answer.expect("accepted").next().await.expect("a chunk").expect("answered by the other");
 }
+
+#[tokio::test]
+async fn a_worker_that_is_stopped_in_mid_answer_is_named_as_such_and_not_as_a_lack_of_room() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::StopAfter(2)).await;
+    let job = stand.job();
+    let error = stand.answer(&job).await.expect_err("it stops");
+    assert_eq!(error.code, ErrorCode::WorkerFailed);
+    assert!(error.message.contains("stopped in the middle of the answer"), "{error}");
+    assert_eq!(stand.settled(&job).await.state, DurableState::Settled(TerminalState::Failed));
+    assert_eq!(stand.usage().await, []);
+    // A stop is no fault: neither the worker nor the model is shut out.
+    for _ in 0..12 {
+        stand.answer(&stand.job()).await.expect_err("it stops");
+    }
+    *worker.manner.lock() = Manner::Answer(1);
+    stand.answer(&stand.job()).await.expect("answered");
+}
