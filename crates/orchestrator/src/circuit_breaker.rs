@@ -262,7 +262,7 @@ mod tests {
     fn long_jobs_that_go_well_count_though_another_has_failed_meanwhile() {
         let (mut breaker, mut now) = breaker();
         for number in 0..200 {
-            now += seconds(1);
+            now += Duration::from_millis(200);
             // Jobs of ten seconds, of which each fifth fails at once.
             let (good, lasted) = if number % 5 == 0 { (false, seconds(0)) } else { (true, seconds(10)) };
             breaker.record(outcome(good, now - lasted), now);

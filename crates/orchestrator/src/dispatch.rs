@@ -60,7 +60,7 @@ impl Delivery {
     /// Sends a chunk. `usage` is what the job is billed once the caller has read it.
     async fn send_metered(&mut self, chunk: &[u8], usage: TokenUsage) -> Result<(), Interrupted> {
         self.send(chunk).await?;
-        if let (Some(receipts), State::Streaming(reply)) = (&mut self.receipts, &mut self.state) {
+        if let (Some(receipts), State::Streaming(reply)) = (&mut self.receipts, &self.state) {
             receipts.acknowledge(reply.acknowledged());
             receipts.sent(reply.sent(), usage);
         }
@@ -75,7 +75,7 @@ impl Delivery {
 
     /// Returns what is billed of `sent` if no more follows: what the caller has read.
     fn read_of(&mut self, sent: TokenUsage) -> TokenUsage {
-        match (&mut self.receipts, &mut self.state) {
+        match (&mut self.receipts, &self.state) {
             (None, _) => sent,
             (Some(receipts), State::Streaming(reply)) => receipts.acknowledge(reply.acknowledged()),
             (Some(_), State::Waiting(_) | State::Gone) => TokenUsage::default(),

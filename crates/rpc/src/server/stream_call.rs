@@ -142,17 +142,17 @@ impl ResponseSink {
         self.flow.sent
     }
 
-    /// Returns how many bytes of messages the caller has acknowledged so far.
-    pub fn acknowledged(&mut self) -> u64 {
-        // Acknowledgements from before a cancel count.
-        let _ = self.drain();
+    /// Returns how many bytes of messages the caller has acknowledged, as known when the last message was sent or when the
+    /// caller was found to be gone.
+    pub fn acknowledged(&self) -> u64 {
         self.flow.acknowledged.min(self.flow.sent)
     }
 
     /// Waits until the caller has acknowledged all messages. A caller that does not acknowledge
     /// ([`crate::ResponseStream::acknowledge_reads`]) may never do so.
     pub async fn wait_until_acknowledged(&mut self) -> Result<(), Interrupted> {
-        if self.acknowledged() < self.flow.sent {
+        self.drain()?;
+        if self.flow.acknowledged < self.flow.sent {
             self.push(acknowledge_frame()).await?;
         }
         while self.flow.acknowledged < self.flow.sent {
