@@ -308,7 +308,7 @@ async fn a_stream_that_outlives_the_drain_of_its_gateway_ends_with_an_error_and_
     for response in [&mut native, &mut chat] {
         response.chunk().await.expect("no error").expect("a chunk");
     }
-    network.stop.cancel();
+    network.gateway_stop.cancel();
     let (native, chat) = (native.text().await.expect("whole"), chat.text().await.expect("whole"));
     for text in [native, chat] {
         let last = text.trim_end().lines().last().expect("a line").trim_start_matches("data: ");

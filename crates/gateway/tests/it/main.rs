@@ -37,6 +37,8 @@ struct Network {
     metrics: Exposition,
     client: reqwest::Client,
     stop: CancellationToken,
+    /// Stops the gateway alone.
+    gateway_stop: CancellationToken,
     tasks: TaskTracker,
 }
 
@@ -83,10 +85,11 @@ impl Network {
         let gateway = Gateway::new(config, parts);
         let bridge = gateway.clone().bind().await.expect("a free port");
         let address = bridge.address();
-        let running = stop.clone();
+        let gateway_stop = stop.child_token();
+        let running = gateway_stop.clone();
         tasks.spawn(async move { bridge.run(running).await.expect("runs until it is stopped") });
         let client = reqwest::Client::builder().no_proxy().build().expect("a client");
-        Self { address, fake, gateway, metrics: exposition, client, stop, tasks }
+        Self { address, fake, gateway, metrics: exposition, client, stop, gateway_stop, tasks }
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
