@@ -219,6 +219,16 @@ impl Gateway {
         Err(WireError::new(ErrorCode::Unavailable, message).with_retry_after(AWAY_WAIT))
     }
 
+    /// Fails if no registry has answered since this gateway started. It then knows no API key and no model.
+    pub(crate) async fn check_first_contact(&self) -> Result<(), WireError> {
+        if self.inner.models.last().is_some() || self.models().await.is_ok() {
+            return Ok(());
+        }
+        let message = "no registry has answered since this gateway was started, so it knows no API key and no model; \
+                       start the registry, or check the connection to it";
+        Err(WireError::new(ErrorCode::Unavailable, message).with_retry_after(AWAY_WAIT))
+    }
+
     /// Submits a job to an orchestrator and returns its answer once the first piece has arrived.
     pub async fn submit(&self, admitted: AdmittedRequest, job: Job) -> Result<Answer, WireError> {
         let job = admitted.identify(job);

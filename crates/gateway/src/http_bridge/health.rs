@@ -57,7 +57,7 @@ pub(super) async fn alias() -> Response<Body> {
 /// Returns 200 while the gateway can answer requests.
 ///
 /// This means that a worker has a model ready or loads it when a request needs it, that a registry responds or did so
-/// recently, and that the gateway is not stopping.
+/// recently and since the gateway started, and that the gateway is not stopping.
 #[utoipa::path(
     get, path = "/readyz", tag = "operations", operation_id = "ready",
     responses(
@@ -76,6 +76,7 @@ async fn readiness(bridge: &Bridge) -> Result<Readiness, WireError> {
     if bridge.stop.is_cancelled() {
         return Err(WireError::new(ErrorCode::Unavailable, "this gateway is stopping"));
     }
+    bridge.gateway.check_first_contact().await?;
     if !bridge.gateway.is_routable().await? {
         return Err(WireError::new(ErrorCode::NoCapacity, "no worker has a model ready"));
     }

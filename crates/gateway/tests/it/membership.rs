@@ -64,3 +64,17 @@ async fn certified_peers_are_asked_until_they_are_revoked() {
     assert_eq!(network.fake.jobs.lock().len(), jobs);
     network.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_was_started_without_its_registry_says_so() {
+    let without_registry = |key: &NodeKey, role| match role {
+        NodeRole::Registry => Membership::unchecked(),
+        _ => member(key, role),
+    };
+    let network = Network::start_as(config(), gateway(), without_registry).await;
+    let ready = network.get("/readyz").await;
+    assert_eq!(ready.status(), 503);
+    let text = ready.text().await.expect("text");
+    assert!(text.contains("no registry has answered since this gateway was started"), "{text}");
+    network.end().await;
+}
