@@ -100,9 +100,9 @@ impl Upstream {
         Err(last)
     }
 
-    /// Submits a job to an orchestrator and waits until its answer begins or it is refused. Its id decides the jitter of
-    /// the waits between rounds. Repeats of a job with a token of the client go to the same orchestrator, as each knows
-    /// only its own jobs.
+    /// Submits a job to an orchestrator and waits until its answer begins or it is refused. Its id decides the jitter
+    /// of the waits between rounds. Repeats of a job with a token of the client go to the same orchestrator, as each
+    /// knows only its own jobs.
     pub(crate) async fn submit(&self, request: &InferRequest, timeouts: Timeouts) -> Result<Begun, WireError> {
         let (body, id) = (Bytes::from(codec::encode(request)), request.correlation_id);
         let job = request.fingerprint.map(|_| id);
@@ -199,8 +199,8 @@ fn another_may_know(code: ErrorCode) -> bool {
     )
 }
 
-/// Returns whether an orchestrator refused a job because it knows no worker that takes it. It may have lost its workers,
-/// so the others are asked as well.
+/// Returns whether an orchestrator refused a job because it knows no worker that takes it. It may have lost its
+/// workers, so the others are asked as well.
 fn has_no_room(code: ErrorCode) -> bool {
     matches!(code, ErrorCode::NoCapacity | ErrorCode::BreakerOpen)
 }

@@ -193,8 +193,8 @@ impl Fleet {
         change
     }
 
-    /// Removes the workers that have been silent for 15 seconds, and returns them. One whose clock is off stays, so that
-    /// decisions name the reason why it gets no job.
+    /// Removes the workers that have been silent for 15 seconds, and returns them. One whose clock is off stays, so
+    /// that decisions name the reason why it gets no job.
     pub fn expire(&self, now: Instant) -> Vec<WorkerId> {
         let mut state = self.write();
         let silent = |worker: &&Worker| worker.is_silent(now) && !worker.is_skewed(now);

@@ -176,8 +176,8 @@ impl Orchestrator {
         breakers.get(model).is_some_and(|breaker| breaker.refuses(Instant::now()))
     }
 
-    /// Asks the breaker whether the job may run. A job that was accepted passes without asking: a worker's failure before
-    /// the first token costs the caller nothing.
+    /// Asks the breaker whether the job may run. A job that was accepted passes without asking: a worker's failure
+    /// before the first token costs the caller nothing.
     fn pass_breaker(&self, journey: &mut Journey) -> Result<(), WireError> {
         if journey.reservation.is_some() || !journey.tried.is_empty() {
             journey.admission = Some(Admission::Pass);
@@ -294,8 +294,8 @@ impl Orchestrator {
         }
     }
 
-    /// Sets a worker aside that did not acknowledge a job of an attempt that began at `began`. It is taken back as soon as it
-    /// responds on a newer connection, because then only the old one was at fault.
+    /// Sets a worker aside that did not acknowledge a job of an attempt that began at `began`. It is taken back as soon
+    /// as it responds on a newer connection, because then only the old one was at fault.
     fn set_aside(&self, worker: WorkerId, began: Instant) {
         let until = Instant::now() + Duration::from_secs(self.config.set_aside_secs);
         self.fleet.set_aside(worker, until);
@@ -712,8 +712,8 @@ impl Orchestrator {
     }
 }
 
-/// Makes the next call to each peer check its connection first, each time this process did not run for a while: its peers
-/// may have given up their connections meanwhile.
+/// Makes the next call to each peer check its connection first, each time this process did not run for a while: its
+/// peers may have given up their connections meanwhile.
 async fn suspect_after_pauses(client: Client, stop: CancellationToken) {
     let mut last = Instant::now();
     while stop.run_until_cancelled(time::sleep(PAUSE_CHECKED_EVERY)).await.is_some() {

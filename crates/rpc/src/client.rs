@@ -208,8 +208,8 @@ impl Client {
         self.linked(peer).await.map(drop)
     }
 
-    /// Pings a peer, on a new connection if it no longer responds on the present one. Returns when the connection on which
-    /// it responds was opened.
+    /// Pings a peer, on a new connection if it no longer responds on the present one. Returns when the connection on
+    /// which it responds was opened.
     pub async fn check(&self, peer: PublicKey, deadline: Duration) -> Result<Instant, CallError> {
         let until = Instant::now() + deadline;
         let link = self.link(peer, until).await?;

@@ -173,8 +173,8 @@ pub(crate) fn data_frame(more: bool, payload: &[u8]) -> Bytes {
     flagged(flags(more, false), payload)
 }
 
-/// Returns a data frame that asks for acknowledgement. It has no bytes and ends no message, so callers that know nothing
-/// of acknowledgements ignore it.
+/// Returns a data frame that asks for acknowledgement. It has no bytes and ends no message, so callers that know
+/// nothing of acknowledgements ignore it.
 pub(crate) fn acknowledge_frame() -> Bytes {
     Bytes::from_static(&[DATA, MORE | ACKNOWLEDGE])
 }

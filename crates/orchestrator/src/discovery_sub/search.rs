@@ -206,7 +206,8 @@ impl Search {
         });
     }
 
-    /// Returns whether jobs may run on a node though its report is not believed now, for example because its clock is off.
+    /// Returns whether jobs may run on a node though its report is not believed now, for example because its clock is
+    /// off.
     fn may_run_jobs(&self, key: PublicKey) -> bool {
         let membership = self.client.membership();
         let is_certified = membership.is_checked() && membership.check_role(key, NodeRole::Worker, None).is_ok();

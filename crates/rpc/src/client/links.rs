@@ -1,7 +1,7 @@
 //! Keeps one connection per peer. Concurrent callers share one dial (single-flight). A peer that did not respond in
-//! time is pinged before its connection is used again. If it does not respond to that either, the connection is retired:
-//! no further call uses it, and its streams go on until they or the transport end. After a failed dial, calls fail at
-//! once for a time that doubles with each failure (exponential backoff).
+//! time is pinged before its connection is used again. If it does not respond to that either, the connection is
+//! retired: no further call uses it, and its streams go on until they or the transport end. After a failed dial, calls
+//! fail at once for a time that doubles with each failure (exponential backoff).
 
 use std::collections::HashMap;
 use std::fmt;
@@ -210,8 +210,8 @@ impl Links {
         if let Some(link) = self.sound(peer) {
             return Ok(link);
         }
-        // Tries twice: the first connection may turn out not to respond. A new connection is not suspected, so two tries
-        // suffice.
+        // Tries twice: the first connection may turn out not to respond. A new connection is not suspected, so two
+        // tries suffice.
         for _ in 0..2 {
             let mut opening = self.opening(peer)?;
             let opened = match opening.wait_for(|opening| !matches!(opening, Opening::Dialling)).await {

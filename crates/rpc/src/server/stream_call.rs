@@ -142,8 +142,8 @@ impl ResponseSink {
         self.flow.sent
     }
 
-    /// Returns how many bytes of messages the caller has acknowledged, as known when the last message was sent or when the
-    /// caller was found to be gone.
+    /// Returns how many bytes of messages the caller has acknowledged, as known when the last message was sent or when
+    /// the caller was found to be gone.
     pub fn acknowledged(&self) -> u64 {
         self.flow.acknowledged.min(self.flow.sent)
     }

@@ -184,7 +184,8 @@ async fn a_connection_whose_peer_fell_silent_is_asked_before_it_is_used_again() 
     scene.ping(SECOND * 2).await.expect("the node was started anew");
 }
 
-/// A node whose process can be stopped: it then takes no connection and reads nothing, and its peers notice nothing else.
+/// A node whose process can be stopped: it then takes no connection and reads nothing, and its peers notice nothing
+/// else.
 struct Pausing {
     inner: Arc<dyn Transport>,
     runs: watch::Receiver<bool>,
