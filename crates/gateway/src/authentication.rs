@@ -10,8 +10,9 @@ use protocol::{Digest, ErrorCode, UnixMillis, WireError};
 use quick_cache::unsync::Cache;
 use rpc::rate_limit::{Quota, RateLimit};
 use tokio::sync::OnceCell;
-use tokio::time::Instant;
+use tokio::time::{self, Instant};
 
+use crate::origin_permits::{OriginPermit, OriginPermits};
 use crate::request_context::Origin;
 
 /// Maximum number of cached tokens. Those in use stay when strangers show many others.
@@ -22,7 +23,14 @@ const REFUSAL_BELIEVED: Duration = Duration::from_secs(1);
 const SILENCE_BELIEVED: Duration = Duration::from_millis(200);
 /// Failed attempts allowed to one address or node with one key id. Nobody mistypes a key more often.
 const FAILURES: Quota = Quota { burst: 10, per_minute: 10 };
-
+/// Wrong tokens of one address or node that a registry is asked about. Further ones are asked about if they return.
+const WRONG: Quota = Quota { burst: 60, per_minute: 60 };
+/// Questions about returning tokens of one address or node: one in 200 ms, with ten in the queue.
+const TURNS: Quota = Quota { burst: 10, per_minute: 300 };
+/// How long a deferred token's client should wait before it returns.
+const DEFERRAL: Duration = Duration::from_secs(1);
+/// Maximum number of deferred tokens that are remembered.
+const DEFERRED_MAX: usize = 65_536;
 /// How long a grant stays valid after the registry failed to confirm it, before the gateway asks again.
 const UNCONFIRMED_BELIEVED: Duration = Duration::from_secs(1);
 
@@ -32,8 +40,17 @@ pub(crate) struct Authentication {
     /// How long a grant stays valid after its last confirmation while no registry responds.
     absence_max: Duration,
     checks: Mutex<Cache<Digest, Entry>>,
-    failures: RateLimit<(Option<Origin>, String)>,
+    failures: RateLimit<FailureKey>,
+    wrong: RateLimit<Option<Origin>>,
+    /// Questions under way for each origin. They count as wrong until their answer is there.
+    asking: OriginPermits,
+    turns: RateLimit<Option<Origin>>,
+    /// Tokens that were told to return, by who showed them.
+    deferred: Mutex<Cache<(Option<Origin>, Digest), ()>>,
 }
+
+/// An origin and the key id that it showed.
+type FailureKey = (Option<Origin>, String);
 
 /// A token's check, and the last grant that a registry confirmed.
 #[derive(Clone, Default)]
@@ -58,7 +75,16 @@ struct Confirmed {
 
 impl Authentication {
     pub(crate) fn new(believed: Duration, absence_max: Duration) -> Self {
-        Self { believed, absence_max, checks: Mutex::new(Cache::new(TOKENS_MAX)), failures: RateLimit::new() }
+        Self {
+            believed,
+            absence_max,
+            checks: Mutex::new(Cache::new(TOKENS_MAX)),
+            failures: RateLimit::new(),
+            wrong: RateLimit::new(),
+            asking: OriginPermits::default(),
+            turns: RateLimit::new(),
+            deferred: Mutex::new(Cache::new(DEFERRED_MAX)),
+        }
     }
 
     /// Returns what a token allows. The future `ask` queries the registry. It is dropped without being polled if the
@@ -85,26 +111,73 @@ impl Authentication {
             }
         };
         let failure_key = (origin, parsed.key_id().to_owned());
-        let entry = self.entry(Digest::of(token.as_bytes()));
-        if !entry.check.initialized() && !self.failures.look(&failure_key, FAILURES).allowed {
-            return Err(self.failed(failure_key, invalid()));
-        }
+        let digest = Digest::of(token.as_bytes());
+        let entry = self.entry(digest);
         let known = || entry.confirmed.clone().filter(|confirmed| confirmed.at.elapsed() < self.absence_max);
-        let judged = async {
-            match known().filter(|_| is_registry_away) {
-                Some(known) => unconfirmed(known),
-                None => self.judge(ask.await, known()),
+        let judged = async || {
+            if let Some(known) = known().filter(|_| is_registry_away) {
+                return Ok(unconfirmed(known));
+            }
+            // A token that was right before is always asked about.
+            let question =
+                if entry.confirmed.is_none() { Some(self.question(&failure_key, digest).await?) } else { None };
+            let check = self.judge(ask.await, known());
+            if let Some(question) = question {
+                question.answered(is_wrong(&check.outcome));
+            }
+            Ok(check)
+        };
+        let check = match entry.check.get_or_try_init(judged).await {
+            Ok(check) => check,
+            Err(deferred) => {
+                self.forget(digest, &entry);
+                return Err(deferred);
             }
         };
-        let check = entry.check.get_or_init(|| judged).await;
         match &check.outcome {
             Ok(grant) if grant.expires_at.is_some_and(|end| end <= now) => {
                 let expired = WireError::new(ErrorCode::InvalidApiKey, "the API key has expired");
                 Err(self.failed(failure_key, expired))
             }
             Ok(grant) => Ok(grant.clone()),
-            Err(error) if error.code == ErrorCode::InvalidApiKey => Err(self.failed(failure_key, error.clone())),
+            Err(error) if is_wrong(&check.outcome) => Err(self.failed(failure_key, error.clone())),
             Err(error) => Err(error.clone()),
+        }
+    }
+
+    /// Waits until a registry may be asked about a token that was not right before. After many wrong tokens of its
+    /// origin or for its key id, it is deferred. If it returns, as the client of a right one does, it gets its turn.
+    async fn question(&self, key: &FailureKey, token: Digest) -> Result<Question<'_>, WireError> {
+        let origin = key.0;
+        let question = |permit| Question { wrong: &self.wrong, origin, is_wrong: true, _permit: permit };
+        let of_origin = self.wrong.look(&origin, WRONG);
+        if of_origin.allowed && self.failures.look(key, FAILURES).allowed {
+            let permit = self.asking.acquire(origin, of_origin.remaining as usize + 1);
+            if permit.is_some() {
+                return Ok(question(permit));
+            }
+        }
+        let deferred = (origin, token);
+        let returns = self.deferred.lock().remove(&deferred).is_some();
+        let turn = if returns { Some(self.turns.take(origin, TURNS)) } else { None };
+        match turn.filter(|turn| turn.allowed) {
+            Some(turn) => {
+                time::sleep(turn.reset.saturating_sub(Duration::from_mins(1) / TURNS.per_minute)).await;
+                Ok(question(None))
+            }
+            None => {
+                self.deferred.lock().insert(deferred, ());
+                Err(too_many_wrong())
+            }
+        }
+    }
+
+    /// Forgets a check that was not made.
+    fn forget(&self, token: Digest, entry: &Entry) {
+        let mut checks = self.checks.lock();
+        let is_same = |known: &Entry| Arc::ptr_eq(&known.check, &entry.check) && !known.check.initialized();
+        if checks.peek(&token).is_some_and(is_same) {
+            checks.remove(&token);
         }
     }
 
@@ -154,20 +227,48 @@ impl Authentication {
     }
 }
 
+/// A question to a registry. It counts as one about a wrong token if nobody waits for the answer.
+struct Question<'a> {
+    wrong: &'a RateLimit<Option<Origin>>,
+    origin: Option<Origin>,
+    is_wrong: bool,
+    _permit: Option<OriginPermit>,
+}
+
+impl Question<'_> {
+    fn answered(mut self, is_wrong: bool) {
+        self.is_wrong = is_wrong;
+    }
+}
+
+impl Drop for Question<'_> {
+    fn drop(&mut self) {
+        if self.is_wrong {
+            self.wrong.take(self.origin, WRONG);
+        }
+    }
+}
+
 /// Accepts the last confirmed grant for a moment.
 fn unconfirmed(known: Confirmed) -> Check {
     let (outcome, until) = (Ok(known.grant.clone()), Instant::now() + UNCONFIRMED_BELIEVED);
     Check { outcome, until, confirmed: Some(known) }
 }
 
-fn invalid() -> WireError {
-    WireError::new(ErrorCode::InvalidApiKey, "the API key is wrong, revoked or expired")
+fn is_wrong(outcome: &Result<Arc<TokenGrant>, WireError>) -> bool {
+    outcome.as_ref().is_err_and(|error| error.code == ErrorCode::InvalidApiKey)
+}
+
+fn too_many_wrong() -> WireError {
+    let message = "too many wrong API keys came from this address: wait, then send this request again";
+    WireError::new(ErrorCode::RateLimitExceeded, message).with_retry_after(DEFERRAL)
 }
 
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
 
+    use futures_util::future::join_all;
     use protocol::control::Scope;
     use protocol::policy::TenantPolicy;
     use protocol::token::{RANDOM_BYTES, TokenKind};
@@ -175,6 +276,10 @@ mod tests {
     use super::*;
 
     const NOW: UnixMillis = UnixMillis(1_000);
+
+    fn invalid() -> WireError {
+        WireError::new(ErrorCode::InvalidApiKey, "the API key is wrong, revoked or expired")
+    }
     const ABSENCE_MAX: Duration = Duration::from_mins(10);
 
     fn token(seed: u8) -> String {
@@ -212,14 +317,109 @@ mod tests {
             token: &str,
             answer: Result<TokenGrant, WireError>,
         ) -> Result<(), ErrorCode> {
+            self.check_from(None, is_registry_away, token, answer).await
+        }
+
+        async fn check_from(
+            &self,
+            origin: Option<Origin>,
+            is_registry_away: bool,
+            token: &str,
+            answer: Result<TokenGrant, WireError>,
+        ) -> Result<(), ErrorCode> {
             let ask = async {
                 self.calls.set(self.calls.get() + 1);
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 answer
             };
-            let checked = self.authentication.check(Some(token), None, NOW, is_registry_away, ask).await;
+            let checked = self.authentication.check(Some(token), origin, NOW, is_registry_away, ask).await;
             checked.map(drop).map_err(|error| error.code)
         }
+
+        /// Shows wrong tokens, each another one, at once.
+        async fn flood(&self, origin: Option<Origin>, numbers: std::ops::Range<u32>) -> Vec<Result<(), ErrorCode>> {
+            let tokens: Vec<String> = numbers.map(random_token).collect();
+            join_all(tokens.iter().map(|token| self.check_from(origin, false, token, Err(invalid())))).await
+        }
+    }
+
+    fn random_token(number: u32) -> String {
+        let mut random = [7; RANDOM_BYTES];
+        random[..4].copy_from_slice(&number.to_le_bytes());
+        ApiToken::generate(TokenKind::Live, &random).to_string()
+    }
+
+    fn address(last: u8) -> Origin {
+        Origin::of([192, 0, 2, last].into())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_thousand_random_tokens_cost_few_questions_and_keep_no_right_one_out() {
+        let fixture = Fixture::new();
+        let here = Some(address(1));
+        let show = async |seed: u8| fixture.check_from(here, false, &token(seed), Ok(grant(None))).await;
+        show(1).await.expect("granted");
+        tokio::time::advance(Duration::from_secs(5)).await;
+        fixture.flood(here, 0..500).await;
+        assert_eq!(show(1).await, Ok(()), "one that was right before");
+        assert_eq!(show(2).await, Err(ErrorCode::RateLimitExceeded), "a new one is told to return");
+        fixture.flood(here, 500..1_000).await;
+        assert_eq!(show(2).await, Ok(()), "and then it is asked about");
+        let other = fixture.check_from(Some(address(2)), false, &token(3), Ok(grant(None))).await;
+        assert_eq!(other, Ok(()), "another address is not held up");
+        assert!(fixture.calls.get() <= 100, "{} questions", fixture.calls.get());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_new_right_tokens_of_one_address_are_all_asked_about() {
+        let fixture = Fixture::new();
+        for number in 0..1_000 {
+            let right = fixture.check_from(Some(address(1)), false, &random_token(number), Ok(grant(None))).await;
+            assert_eq!(right, Ok(()), "token {number}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn returning_tokens_are_asked_about_five_times_a_second() {
+        let fixture = Fixture::new();
+        fixture.flood(Some(address(1)), 0..1_000).await;
+        let before = fixture.calls.get();
+        let began = Instant::now();
+        for _ in 0..10 {
+            fixture.flood(Some(address(1)), 0..1_000).await;
+        }
+        let allowed = 10 + 5 * began.elapsed().as_secs() as u32 + 60;
+        assert!(fixture.calls.get() - before <= allowed, "{} of {allowed}", fixture.calls.get() - before);
+    }
+
+    /// Returns another token with the key id of `token(1)`: a key id is eight digits in base 62.
+    fn with_key_id_of_1(number: u128) -> String {
+        let mut random = [1; RANDOM_BYTES];
+        let tail = u128::from_be_bytes([1; 16]) + number * 62_u128.pow(8);
+        random[RANDOM_BYTES - 16..].copy_from_slice(&tail.to_be_bytes());
+        ApiToken::generate(TokenKind::Live, &random).to_string()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_knows_a_key_id_keeps_its_right_token_not_out() {
+        let fixture = Fixture::new();
+        for number in 1..50 {
+            fixture.check(&with_key_id_of_1(number), Err(invalid())).await.expect_err("wrong");
+        }
+        assert_eq!(fixture.check(&token(1), Ok(grant(None))).await, Err(ErrorCode::RateLimitExceeded));
+        assert_eq!(fixture.check(&token(1), Ok(grant(None))).await, Ok(()));
+        assert!(fixture.calls.get() < 20, "{} questions", fixture.calls.get());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_question_that_nobody_waits_for_is_counted() {
+        let fixture = Fixture::new();
+        for number in 0..200 {
+            let wrong = random_token(number);
+            let check = fixture.check_from(Some(address(1)), false, &wrong, Err(invalid()));
+            let _ = tokio::time::timeout(Duration::from_millis(5), check).await;
+        }
+        assert!(fixture.calls.get() <= 100, "{} questions", fixture.calls.get());
     }
 
     #[tokio::test(start_paused = true)]
@@ -286,11 +486,10 @@ mod tests {
         let fixture = Fixture::new();
         let crowd = async |first: usize| {
             for number in first..first + 2 * TOKENS_MAX {
-                let mut random = [7; RANDOM_BYTES];
-                random[..8].copy_from_slice(&number.to_le_bytes());
-                let token = ApiToken::generate(TokenKind::Live, &random).to_string();
+                let token = random_token(number as u32);
+                let origin = Some(Origin::of(std::net::Ipv4Addr::from_bits(number as u32).into()));
                 let answer = async { Err(invalid()) };
-                fixture.authentication.check(Some(&token), None, NOW, false, answer).await.expect_err("wrong");
+                fixture.authentication.check(Some(&token), origin, NOW, false, answer).await.expect_err("wrong");
             }
         };
         crowd(0).await;

@@ -1,9 +1,12 @@
 //! Settings of a gateway.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use protocol::Region;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -34,6 +37,12 @@ pub struct Config {
     pub messages_max: usize,
     /// Maximum number of connections. Further ones are refused.
     pub connections_max: usize,
+    /// Maximum number of connections from one IPv4 address or IPv6 /64 network, and of concurrent requests from one
+    /// behind a trusted proxy. Further ones get status 429. 0 means no limit.
+    pub connections_per_address_max: usize,
+    /// Networks of the reverse proxies in front of the gateway, such as `10.0.0.0/8` or `192.0.2.7`. From these alone,
+    /// the headers `X-Forwarded-For` and `Forwarded` say whose request it is.
+    pub trusted_proxies: Vec<ProxyNetwork>,
     /// Maximum number of concurrent jobs. Further ones get status 503.
     pub jobs_max: usize,
     /// Timeout in seconds for receiving a request's head, and for the TLS handshake.
@@ -85,6 +94,8 @@ impl Default for Config {
             body_bytes_max: 8 * 1024 * 1024,
             messages_max: 2048,
             connections_max: 4096,
+            connections_per_address_max: 64,
+            trusted_proxies: vec![],
             jobs_max: 8192,
             header_timeout_secs: 10,
             body_idle_secs: 30,
@@ -98,6 +109,48 @@ impl Default for Config {
             catalog_cache_secs: 5,
             rate_limit: RateLimitConfig::default(),
         }
+    }
+}
+
+/// A network whose hosts are trusted proxies. A single address is a network of one host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub struct ProxyNetwork(IpNet);
+
+impl ProxyNetwork {
+    /// Returns whether an address is in the network. An IPv4-mapped IPv6 address counts as its IPv4 address.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.0.contains(&address.to_canonical())
+    }
+}
+
+impl FromStr for ProxyNetwork {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let network = text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        network.map(Self).map_err(|_| format!("{text:?} is not a network such as 10.0.0.0/8, or an address"))
+    }
+}
+
+impl TryFrom<String> for ProxyNetwork {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<ProxyNetwork> for String {
+    fn from(network: ProxyNetwork) -> Self {
+        network.to_string()
+    }
+}
+
+impl fmt::Display for ProxyNetwork {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(formatter)
     }
 }
 

@@ -3,6 +3,7 @@
 mod admin;
 mod answer_body;
 mod chat;
+mod client_address;
 mod completions;
 mod connection;
 mod embeddings;
@@ -15,9 +16,11 @@ mod job;
 mod models;
 mod openapi;
 mod request_body;
+mod reset_limit;
 mod router;
 mod timeouts;
 mod tls;
+mod turn_away;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -30,18 +33,15 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use self::connection::Connections;
+use self::connection::{Connections, TooMany};
 use self::tls::Tls;
+use self::turn_away::TurnAway;
 use crate::config::{CUT_WITHIN, seconds};
 use crate::gateway::Gateway;
+use crate::origin_permits::OriginPermit;
 
 /// The pause after `accept` failed, for example for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// The response to a connection above the limit, without TLS.
-const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n\
-    content-type: application/json\r\ncontent-length: 123\r\n\r\n\
-    {\"error\":{\"message\":\"this gateway holds too many connections\",\"type\":\"overloaded_error\",\"param\":null,\"code\":\"unavailable\"}}";
-
 /// Why a gateway cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
@@ -95,6 +95,7 @@ impl HttpBridge {
         let tracker = gateway.tracker().clone();
         let drain = seconds(gateway.config().drain_secs) + CUT_WITHIN;
         let slots = Arc::new(Semaphore::new(gateway.config().connections_max.min(Semaphore::MAX_PERMITS)));
+        let turn_away = TurnAway::new(gateway.config());
         let abort = CancellationToken::new();
         if let Some(tls) = &tls {
             tracker.spawn(tls.clone().watch(gateway.clone(), drained));
@@ -104,12 +105,17 @@ impl HttpBridge {
         let open = tokio_util::task::TaskTracker::new();
         while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
             match accepted {
-                Ok((stream, peer)) => match slots.clone().try_acquire_owned() {
-                    Ok(slot) => {
-                        open.spawn(hold(connections.clone(), stream, peer, slot));
+                Ok((stream, peer)) => {
+                    let slot = slots.clone().try_acquire_owned();
+                    match (slot, connections.permit(peer.ip())) {
+                        (Ok(slot), Ok(permit)) => {
+                            open.spawn(hold(connections.clone(), stream, peer, (slot, permit)));
+                        }
+                        _ if connections.is_tls() => drop(stream),
+                        (_, Err(TooMany)) => turn_away.address_full(stream, &open),
+                        (Err(_), Ok(_)) => turn_away.full(stream, &open),
                     }
-                    Err(_) => turn_away(&stream, connections.is_tls()),
-                },
+                }
                 Err(error) => {
                     debug!(%error, "no connection could be accepted");
                     time::sleep(ACCEPT_PAUSE).await;
@@ -126,27 +132,10 @@ impl HttpBridge {
     }
 }
 
-async fn hold(connections: Connections, stream: TcpStream, peer: SocketAddr, slot: OwnedSemaphorePermit) {
+/// The permits of a connection: one of the gateway's, and one of its address.
+type ConnectionPermits = (OwnedSemaphorePermit, Option<OriginPermit>);
+
+async fn hold(connections: Connections, stream: TcpStream, peer: SocketAddr, permits: ConnectionPermits) {
     connections.serve(stream, peer).await;
-    drop(slot);
-}
-
-/// Sends the 503 response, as far as it fits into the socket's buffer at once.
-fn turn_away(stream: &TcpStream, tls: bool) {
-    if !tls {
-        let _ = stream.try_write(FULL);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::FULL;
-
-    #[test]
-    fn the_canned_refusal_has_the_length_it_says() {
-        let text = std::str::from_utf8(FULL).expect("text");
-        let (head, body) = text.split_once("\r\n\r\n").expect("head and body");
-        assert!(head.contains(&format!("content-length: {}", body.len())), "{}", body.len());
-        serde_json::from_str::<serde_json::Value>(body).expect("JSON");
-    }
+    drop(permits);
 }

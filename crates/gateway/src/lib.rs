@@ -18,6 +18,7 @@ mod json_body;
 pub mod metrics;
 mod open_gateway;
 mod openai;
+mod origin_permits;
 mod prompt_size;
 mod published;
 mod request_context;
@@ -26,7 +27,7 @@ mod rpc_gateway;
 mod upstream;
 
 pub use answer::{Answer, Content, End, Piece, parse_chunk};
-pub use config::{Config, RateLimitConfig};
+pub use config::{Config, ProxyNetwork, RateLimitConfig};
 pub use gateway::{Gateway, GatewayParts};
 pub use http_bridge::GatewayError;
 pub use infer_request::parse_infer;

@@ -1,6 +1,6 @@
 //! A request before its job is parsed: its context, and whether it was admitted or refused.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use protocol::control::TokenGrant;
@@ -15,10 +15,23 @@ use crate::request_record::RequestRecord;
 /// Where a request comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Origin {
-    /// An IP address, over HTTP.
+    /// An IPv4 address or the first address of an IPv6 /64, over HTTP. [`Origin::of`] makes it.
     Address(IpAddr),
     /// A node, over RPC.
     Node(PublicKey),
+}
+
+/// The bits of an IPv6 address that name the network. A host may use every address of its /64.
+const NETWORK_BITS: u128 = !(u64::MAX as u128);
+
+impl Origin {
+    /// Returns the origin of an HTTP client with this address.
+    pub fn of(address: IpAddr) -> Self {
+        Self::Address(match address.to_canonical() {
+            IpAddr::V4(address) => address.into(),
+            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & NETWORK_BITS).into(),
+        })
+    }
 }
 
 /// Context of a request, known before its body is read.
@@ -56,5 +69,19 @@ impl AdmittedRequest {
     pub(crate) fn refuse(mut self, error: WireError) -> Refusal {
         self.record.failed(error.code);
         Refusal { error, rate: Some(self.rate) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_addresses_of_one_host_are_one_origin() {
+        let of = |text: &str| Origin::of(text.parse().expect("an address"));
+        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:ffff:ffff:ffff"));
+        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
+        assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Version, header};
 use hyper::body::Incoming;
 use hyper::rt::Executor;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -22,12 +22,16 @@ use tokio_util::task::TaskTracker;
 use tower::Service as _;
 use tracing::debug;
 
+use super::client_address::{client_address, is_proxy};
 use super::errors;
 use super::extract::Bridge;
+use super::reset_limit::ResetLimit;
 use super::router;
 use super::timeouts::{Activity, ConnectionTimeouts, TrackedBody, Watched};
 use super::tls::Tls;
+use super::turn_away::too_many;
 use crate::gateway::Gateway;
+use crate::origin_permits::{OriginPermit, OriginPermits};
 use crate::request_context::Origin;
 
 /// Maximum size of a request head, in bytes.
@@ -36,6 +40,10 @@ const HEAD_BYTES_MAX: usize = 64 * 1024;
 const HEADERS_MAX: usize = 100;
 /// Maximum number of concurrent streams on an HTTP/2 connection.
 const STREAMS_MAX: u32 = 256;
+/// Maximum number of HTTP/2 requests that a client takes back before they are accepted.
+const PENDING_RESETS_MAX: usize = 20;
+/// Maximum number of streams that the server resets because of a client's errors.
+const ERROR_RESETS_MAX: usize = 256;
 /// How often an HTTP/2 client is pinged.
 const PING_EVERY: Duration = Duration::from_secs(20);
 /// How long it may take to respond before the connection is closed.
@@ -53,11 +61,18 @@ struct Shared {
     server: Builder<Tracked>,
     timeouts: ConnectionTimeouts,
     tls: Option<Tls>,
+    /// Connections of each address, and requests of each address behind a trusted proxy.
+    per_address: OriginPermits,
+    resets: ResetLimit,
     /// Makes connections close once their requests are done.
     stop: CancellationToken,
     /// Makes connections close at once.
     abort: CancellationToken,
 }
+
+/// An address has too many connections or requests.
+#[derive(Debug)]
+pub(super) struct TooMany;
 
 /// Runs HTTP/2 streams as tasks of the gateway.
 #[derive(Clone)]
@@ -74,7 +89,14 @@ impl Connections {
         let timeouts = ConnectionTimeouts::of(gateway.config());
         let router = router::router(Bridge { gateway: gateway.clone(), stop: stop.clone() });
         let server = server(gateway.tracker().clone());
-        Self { shared: Arc::new(Shared { gateway, router, server, timeouts, tls, stop, abort }) }
+        let (per_address, resets) = (OriginPermits::default(), ResetLimit::new());
+        Self { shared: Arc::new(Shared { gateway, router, server, timeouts, tls, per_address, resets, stop, abort }) }
+    }
+
+    /// Returns the permit of a connection. A trusted proxy needs none, because its connections carry the requests of
+    /// many clients.
+    pub(super) fn permit(&self, peer: IpAddr) -> Result<Option<OriginPermit>, TooMany> {
+        if self.shared.is_proxy(peer) { Ok(None) } else { self.shared.permit(Origin::of(peer)) }
     }
 
     pub(super) fn is_tls(&self) -> bool {
@@ -102,13 +124,19 @@ impl Connections {
 impl Shared {
     async fn drive(self: &Arc<Self>, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: IpAddr) {
         let activity = Arc::new(Activity::begin());
+        let excess = CancellationToken::new();
         let io = TokioIo::new(Watched::new(stream, activity.clone()));
         let service = hyper::service::service_fn(|request: Request<Incoming>| {
             let guard = activity.request(request.version() == Version::HTTP_2);
-            let shared = self.clone();
+            let (shared, excess) = (self.clone(), excess.clone());
             async move {
-                let response = shared.respond(request, peer).await;
-                Ok::<_, Infallible>(response.map(|body| TrackedBody::new(body, guard)))
+                let mut unanswered = shared.resets.watch(Origin::of(peer), excess);
+                let is_head = request.method() == Method::HEAD;
+                let (response, permit) = shared.respond(request, peer).await;
+                if is_head {
+                    unanswered.answered();
+                }
+                Ok::<_, Infallible>(response.map(|body| TrackedBody::new(body, guard, permit, unanswered)))
             }
         });
         let mut connection = pin!(self.server.serve_connection(io, service));
@@ -126,6 +154,10 @@ impl Shared {
                     debug!(reason, "closing a connection");
                     return;
                 }
+                () = excess.cancelled(), if !self.is_proxy(peer) => {
+                    debug!("closing a connection: its client takes too many requests back");
+                    return;
+                }
                 () = self.abort.cancelled() => return,
                 () = self.stop.cancelled(), if !stopping => {
                     stopping = true;
@@ -135,10 +167,38 @@ impl Shared {
         }
     }
 
-    async fn respond(&self, request: Request<Incoming>, peer: IpAddr) -> Response<Body> {
+    /// Answers a request. The permit is held until the response is sent.
+    async fn respond(&self, request: Request<Incoming>, peer: IpAddr) -> (Response<Body>, Option<OriginPermit>) {
+        let (origin, permit) = self.identify(request.headers(), peer);
+        let (mut response, permit) = match permit {
+            Ok(permit) => (self.route(request, origin).await, permit),
+            Err(TooMany) => (errors::failure(&too_many(self.gateway.config())), None),
+        };
+        harden(response.headers_mut(), self.tls.is_some());
+        (response, permit)
+    }
+
+    /// Returns whose request it is, and its permit if it came through a trusted proxy.
+    fn identify(&self, headers: &HeaderMap, peer: IpAddr) -> (Origin, Result<Option<OriginPermit>, TooMany>) {
+        let origin = Origin::of(client_address(peer, headers, &self.gateway.config().trusted_proxies));
+        let permit = if self.is_proxy(peer) { self.permit(origin) } else { Ok(None) };
+        (origin, permit)
+    }
+
+    fn is_proxy(&self, peer: IpAddr) -> bool {
+        is_proxy(peer, &self.gateway.config().trusted_proxies)
+    }
+
+    fn permit(&self, origin: Origin) -> Result<Option<OriginPermit>, TooMany> {
+        match self.gateway.config().connections_per_address_max {
+            0 => Ok(None),
+            max => self.per_address.acquire(Some(origin), max).map(Some).ok_or(TooMany),
+        }
+    }
+
+    async fn route(&self, request: Request<Incoming>, origin: Origin) -> Response<Body> {
         let trace = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
-        let mut response = match self.gateway.context(Some(Origin::Address(peer)), trace.and_then(TraceContext::parse))
-        {
+        match self.gateway.context(Some(origin), trace.and_then(TraceContext::parse)) {
             Ok(context) => {
                 let mut request = request.map(Body::new);
                 request.extensions_mut().insert(context);
@@ -147,9 +207,7 @@ impl Shared {
                 outcome.unwrap_or_else(|never| match never {})
             }
             Err(error) => errors::failure(&error),
-        };
-        harden(response.headers_mut(), self.tls.is_some());
-        response
+        }
     }
 }
 
@@ -161,6 +219,8 @@ fn server(tracker: TaskTracker) -> Builder<Tracked> {
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS_MAX)
+        .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
+        .max_local_error_reset_streams(ERROR_RESETS_MAX)
         .max_header_list_size(HEAD_BYTES_MAX as u32)
         .keep_alive_interval(PING_EVERY)
         .keep_alive_timeout(PING_WITHIN);

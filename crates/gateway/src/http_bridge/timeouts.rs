@@ -13,7 +13,9 @@ use http_body::{Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{self, Instant};
 
+use super::reset_limit::Unanswered;
 use crate::config::{Config, seconds};
+use crate::origin_permits::OriginPermit;
 
 /// The timeouts of a connection.
 #[derive(Debug, Clone, Copy)]
@@ -235,12 +237,23 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 /// A response body that counts its request as being answered until it is sent.
 pub(super) struct TrackedBody {
     body: Body,
+    unanswered: Unanswered,
     _guard: RequestGuard,
+    _permit: Option<OriginPermit>,
 }
 
 impl TrackedBody {
-    pub(super) fn new(body: Body, guard: RequestGuard) -> Self {
-        Self { body, _guard: guard }
+    pub(super) fn new(
+        body: Body,
+        guard: RequestGuard,
+        permit: Option<OriginPermit>,
+        mut unanswered: Unanswered,
+    ) -> Self {
+        // Nobody polls a body that has ended.
+        if http_body::Body::is_end_stream(&body) {
+            unanswered.answered();
+        }
+        Self { body, unanswered, _guard: guard, _permit: permit }
     }
 }
 
@@ -252,7 +265,11 @@ impl http_body::Body for TrackedBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        let polled = Pin::new(&mut self.body).poll_frame(context);
+        if matches!(polled, Poll::Ready(None)) || http_body::Body::is_end_stream(&self.body) {
+            self.unanswered.answered();
+        }
+        polled
     }
 
     fn is_end_stream(&self) -> bool {

@@ -39,6 +39,8 @@ pub(crate) struct Fake {
     pub(crate) workers: Arc<Mutex<Vec<FleetWorker>>>,
     /// Jobs, in the order they came.
     pub(crate) jobs: Arc<Mutex<Vec<InferRequest>>>,
+    /// How often the registry was asked about a token.
+    pub(crate) token_checks: Arc<AtomicUsize>,
     /// Told each time a job is cancelled.
     pub(crate) cancelled: Arc<Notify>,
 }
@@ -132,6 +134,7 @@ impl Fake {
             models: Arc::new(Mutex::new(models)),
             aliases: Arc::default(),
             jobs: Arc::default(),
+            token_checks: Arc::default(),
             cancelled: Arc::default(),
         };
         fake.serve(1, NodeRole::Registry, &admit, tasks, stop).await;
@@ -181,8 +184,10 @@ impl Fake {
 
     fn registry(&self, server: Server) -> Server {
         let (grants, models, aliases) = (self.grants.clone(), self.models.clone(), self.aliases.clone());
+        let token_checks = self.token_checks.clone();
         server
             .unary(TOKEN_CHECK, move |_, check: TokenCheck| {
+                token_checks.fetch_add(1, Ordering::Relaxed);
                 let grant = grants.lock().get(&check.token).cloned();
                 async move { grant.ok_or_else(|| WireError::new(ErrorCode::InvalidApiKey, "no such key")) }
             })

@@ -1,10 +1,12 @@
 //! A gateway over real HTTP, before a registry and an orchestrator that do as the prompt says.
 
+mod addresses;
 mod answers;
 mod connections;
 mod discovery;
 mod embeddings;
 mod fake;
+mod framing;
 mod membership;
 mod refusals;
 mod rpc_clients;
