@@ -11,7 +11,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use self::exchange::{Failure, Response};
+use self::exchange::{Credentials, Failure, Response};
+use self::proof::FolderProof;
 pub use self::trust::Trust;
 use crate::addresses;
 use crate::args::ServerArgs;
@@ -19,6 +20,7 @@ use crate::data_folder::DataFolder;
 use crate::settings::{Env, Settings};
 
 mod exchange;
+mod proof;
 mod trust;
 
 /// Timeout of every request except a model's answer.
@@ -35,6 +37,8 @@ pub struct GatewayClient {
     url: String,
     key: Option<String>,
     trust: Trust,
+    /// What it must prove before it is shown the key.
+    proof: Option<FolderProof>,
 }
 
 /// Whether a gateway answers.
@@ -43,6 +47,8 @@ pub enum Presence {
     Answers,
     /// Nothing answers, or a program that is not a gateway; the error says which.
     Absent(anyhow::Error),
+    /// A gateway answers, or a program that pretends to be one, that does not run on this data folder.
+    Foreign(anyhow::Error),
     /// It cannot be talked to, and the error says what to do.
     Closed(anyhow::Error),
 }
@@ -50,13 +56,18 @@ pub enum Presence {
 impl ServerArgs {
     /// Returns the API key: from the named file, else the environment, else the data folder.
     pub fn api_key(&self, data: &DataFolder, env: &Env) -> anyhow::Result<Option<String>> {
+        Ok(self.given_key(env)?.or_else(|| data.api_key()))
+    }
+
+    /// Returns the API key from the named file, else the environment.
+    fn given_key(&self, env: &Env) -> anyhow::Result<Option<String>> {
         Ok(match &self.api_key_file {
             Some(file) => {
                 let text =
                     std::fs::read_to_string(file).with_context(|| format!("could not read {}", file.display()))?;
                 Some(text.trim().to_owned())
             }
-            None => env.get("TETHER_API_KEY").map(str::to_owned).or_else(|| data.api_key()),
+            None => env.get("TETHER_API_KEY").map(str::to_owned),
         })
     }
 }
@@ -119,7 +130,7 @@ impl GatewayClient {
     pub fn new(url: impl AsRef<str>, key: Option<String>) -> anyhow::Result<Self> {
         let base = exchange::base(url.as_ref())?;
         let url = base.to_string().trim_end_matches('/').to_owned();
-        Ok(Self { base, url, key, trust: Trust::default() })
+        Ok(Self { base, url, key, trust: Trust::default(), proof: None })
     }
 
     /// Trusts other certificates than the system's.
@@ -128,11 +139,15 @@ impl GatewayClient {
         Self { trust, ..self }
     }
 
-    /// Returns a client of the gateway that the arguments name, else of the data folder's.
+    /// Returns a client of the gateway that the arguments name, else of the data folder's. The key of the folder is
+    /// shown to a gateway that nobody named only if it proves that it runs on the folder.
     pub fn find(args: &ServerArgs, settings: &Settings, data: &DataFolder, env: &Env) -> anyhow::Result<Self> {
-        let url = args.url.clone().or_else(|| data.address()).unwrap_or_else(|| usual_url(settings));
         let trust = Trust::new(args.ca.clone(), own_certificate(settings, data));
-        Ok(Self::new(url, args.api_key(data, env)?)?.trusting(trust))
+        let (given, own) = (args.given_key(env)?, data.api_key());
+        let must_prove = args.url.is_none() && given.is_none() && own.is_some();
+        let url = args.url.clone().or_else(|| data.address()).unwrap_or_else(|| usual_url(settings));
+        let proof = if must_prove { Some(FolderProof::of(data)?) } else { None };
+        Ok(Self { proof, ..Self::new(url, given.or(own))?.trusting(trust) })
     }
 
     /// Returns a client of a gateway that runs with this folder and these settings.
@@ -148,15 +163,21 @@ impl GatewayClient {
     pub async fn presence(&self) -> Presence {
         let check = timeout(PRESENT_WITHIN, async {
             // Sent without the key: the check needs none, and the server may be another program.
-            let nobody = Self { key: None, ..self.clone() };
+            let nobody = Self { key: None, proof: None, ..self.clone() };
             let response = nobody.send(Method::GET, "/healthz", None).await?;
             let is_success = response.status.is_success();
-            Ok::<_, Failure>(is_success && response.json::<Value>().await.is_ok_and(|body| body["status"] == "ok"))
+            let is_gateway = is_success && response.json::<Value>().await.is_ok_and(|body| body["status"] == "ok");
+            if is_gateway && self.proof.is_some() {
+                let shy = Self { key: None, ..self.clone() };
+                shy.send(Method::GET, "/healthz", None).await?;
+            }
+            Ok::<_, Failure>(is_gateway)
         });
         match check.await {
             Ok(Ok(true)) => Presence::Answers,
             Ok(Ok(false)) => Presence::Absent(anyhow!("another program than a gateway answers at {}", self.url)),
             Ok(Err(Failure::Closed(error))) => Presence::Closed(error),
+            Ok(Err(Failure::Foreign(error))) => Presence::Foreign(error),
             Ok(Err(failure)) => Presence::Absent(self.explain(failure)),
             Err(_) => {
                 Presence::Absent(anyhow!("nothing answers at {} within {} s", self.url, PRESENT_WITHIN.as_secs()))
@@ -288,14 +309,15 @@ impl GatewayClient {
     }
 
     async fn send(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Response, Failure> {
-        exchange::send(&self.base, &self.trust, (method, path), body.map(Bytes::from), self.key.as_deref()).await
+        let credentials = Credentials { key: self.key.as_deref(), proof: self.proof.as_ref() };
+        exchange::send(&self.base, &self.trust, (method, path), body.map(Bytes::from), credentials).await
     }
 
     /// Returns an error that explains why there was no response.
     fn explain(&self, failure: Failure) -> anyhow::Error {
         match failure {
             Failure::Refused => anyhow!("nothing answers at {}; start the network with `tether up`", self.url),
-            Failure::Closed(error) | Failure::Broken(error) => error,
+            Failure::Closed(error) | Failure::Foreign(error) | Failure::Broken(error) => error,
         }
     }
 }

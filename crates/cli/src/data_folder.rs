@@ -5,6 +5,7 @@ use std::net::{SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use gateway::folder_proof::FolderSecret;
 use protocol::signature::NodeKey;
 use protocol::{PublicKey, codec};
 use registry::Pepper;
@@ -82,24 +83,49 @@ impl DataFolder {
 
     /// Returns the key for hashing token secrets, created at the first start.
     pub fn pepper(&self) -> anyhow::Result<Pepper> {
-        let path = self.path.join("pepper");
+        match self.secret("pepper", "without it no API key can be checked")? {
+            Some(pepper) => Ok(Pepper(pepper)),
+            None => self.make_secret("pepper")?.map_or_else(|| self.pepper(), |pepper| Ok(Pepper(pepper))),
+        }
+    }
+
+    /// Returns the secret by which gateways of this folder prove to its commands that they are, if there is one.
+    pub fn gateway_secret(&self) -> anyhow::Result<Option<FolderSecret>> {
+        let secret = self.secret("gateway.secret", "delete it and start the gateway again")?;
+        Ok(secret.map(FolderSecret::new))
+    }
+
+    /// Returns that secret, created at a gateway's first start.
+    pub fn make_gateway_secret(&self) -> anyhow::Result<FolderSecret> {
+        match self.gateway_secret()? {
+            Some(secret) => Ok(secret),
+            None => self
+                .make_secret("gateway.secret")?
+                .map_or_else(|| self.make_gateway_secret(), |secret| Ok(FolderSecret::new(secret))),
+        }
+    }
+
+    fn secret(&self, name: &str, advice: &str) -> anyhow::Result<Option<[u8; 32]>> {
+        let path = self.path.join(name);
         match fs::read(&path) {
             Ok(bytes) => match bytes.try_into() {
-                Ok(pepper) => Ok(Pepper(pepper)),
-                Err(_) => bail!("{} does not hold 32 bytes; without it no API key can be checked", path.display()),
+                Ok(secret) => Ok(Some(secret)),
+                Err(_) => bail!("{} does not hold 32 bytes; {advice}", path.display()),
             },
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let mut pepper = [0; 32];
-                getrandom::fill(&mut pepper).context("could not draw random bytes")?;
-                match identity::write_private(&path, &pepper) {
-                    // Another process was first: its pepper is the folder's.
-                    Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => self.pepper(),
-                    written => {
-                        written.map(|()| Pepper(pepper)).with_context(|| format!("could not write {}", path.display()))
-                    }
-                }
-            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).with_context(|| format!("could not read {}", path.display())),
+        }
+    }
+
+    /// Draws and writes a secret. Returns `None` if another process was first.
+    fn make_secret(&self, name: &str) -> anyhow::Result<Option<[u8; 32]>> {
+        let path = self.path.join(name);
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret).context("could not draw random bytes")?;
+        match identity::write_private(&path, &secret) {
+            Ok(()) => Ok(Some(secret)),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("could not write {}", path.display())),
         }
     }
 
@@ -234,12 +260,18 @@ impl DataFolder {
             Some(file) => write("certificate", &std::path::absolute(file)?.display().to_string())?,
             None => drop(fs::remove_file(self.path.join("certificate"))),
         }
+        write("gateway.last-port", &address.port().to_string())?;
         write("address", &addresses::urls(address, certificate.is_some()).swap_remove(0))
+    }
+
+    /// Returns the port of the gateway that last ran here.
+    pub fn last_port(&self) -> Option<u16> {
+        fs::read_to_string(self.path.join("gateway.last-port")).ok()?.trim().parse().ok()
     }
 
     /// Forgets the network's address once it has stopped, since another program may listen there.
     pub fn forget_address(&self) {
-        // A stale file does little harm: a client finds out that nothing answers.
+        // A stale file does little harm: a client finds out that nothing answers, or that it is another program.
         for name in ["address", "certificate"] {
             let _ = fs::remove_file(self.path.join(name));
         }

@@ -268,7 +268,7 @@ impl AdminClient {
 pub async fn responds(client: &GatewayClient) -> anyhow::Result<bool> {
     match client.presence().await {
         Presence::Answers => Ok(true),
-        Presence::Absent(_) => Ok(false),
+        Presence::Absent(_) | Presence::Foreign(_) => Ok(false),
         Presence::Closed(error) => Err(error),
     }
 }

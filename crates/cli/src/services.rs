@@ -113,6 +113,7 @@ impl Services {
             exposition: self.metrics.exposition.clone(),
             membership,
             version: VERSION.to_owned(),
+            folder_secret: Some(self.data.make_gateway_secret()?),
         };
         let open = match self.open_gateway(&parts).await {
             Err(GatewayError::Bind { address, source }) => {
@@ -127,8 +128,7 @@ impl Services {
     /// Binds the address. If any port will do, prefers the gateway's last one, so that its clients still find it.
     async fn open_gateway(&self, parts: &GatewayParts) -> Result<OpenGateway, GatewayError> {
         let config = self.settings.gateway.clone();
-        let last = self.data.address().and_then(|url| url.rsplit_once(':')?.1.parse().ok());
-        if let (0, Some(port)) = (config.bind.port(), last) {
+        if let (0, Some(port)) = (config.bind.port(), self.data.last_port()) {
             let bind = SocketAddr::new(config.bind.ip(), port);
             match Gateway::new(gateway::Config { bind, ..config.clone() }, parts.clone()).bind().await {
                 Err(GatewayError::Bind { .. }) => {}

@@ -27,6 +27,7 @@ use crate::builds::{self, Build};
 use crate::cached::Cached;
 use crate::catalog::{self, Models};
 use crate::config::{Config, seconds};
+use crate::folder_proof::FolderSecret;
 use crate::job::Job;
 use crate::metrics::Metrics;
 use crate::prompt_size;
@@ -61,6 +62,8 @@ pub struct GatewayParts {
     pub membership: Membership,
     /// The program's version, shown under `/version`.
     pub version: String,
+    /// The secret of its data folder, if it has one.
+    pub folder_secret: Option<FolderSecret>,
 }
 
 /// Receives requests, checks them and submits them to orchestrators. Clones share one gateway.
@@ -75,6 +78,7 @@ struct Inner {
     metrics: Metrics,
     exposition: Exposition,
     version: String,
+    folder_secret: Option<FolderSecret>,
     transport: Arc<dyn Transport>,
     upstream: Upstream,
     /// Keeps `upstream` up to date; taken by [`Gateway::tend`].
@@ -100,6 +104,7 @@ impl Gateway {
             metrics: parts.metrics,
             exposition: parts.exposition,
             version: parts.version,
+            folder_secret: parts.folder_secret,
             transport: parts.transport,
             upstream,
             upstream_task: Mutex::new(Some(upstream_task)),
@@ -507,6 +512,10 @@ impl Gateway {
 
     pub(crate) fn version(&self) -> &str {
         &self.inner.version
+    }
+
+    pub(crate) fn folder_secret(&self) -> Option<&FolderSecret> {
+        self.inner.folder_secret.as_ref()
     }
 
     pub(crate) fn clock(&self) -> &dyn Clock {

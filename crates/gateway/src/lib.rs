@@ -10,6 +10,7 @@ mod builds;
 mod cached;
 mod catalog;
 mod config;
+pub mod folder_proof;
 mod gateway;
 mod http_bridge;
 mod infer_request;

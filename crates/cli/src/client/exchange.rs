@@ -1,27 +1,33 @@
 //! One request and its response, over a connection of its own.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, StatusCode, Uri, header};
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
-use hyper::client::conn::http1;
+use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use rustls::{AlertDescription, CertificateError};
 use rustls_pki_types::ServerName;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::proof::FolderProof;
 use super::trust::{Trust, believing_nobody};
 
 /// Timeout for connecting, including name resolution.
 const CONNECT: Duration = Duration::from_secs(5);
+
+/// The longest answer to a challenge, in bytes.
+const PROOF_ANSWER_MAX: usize = 4096;
 
 /// The longest document that is read, in bytes. The server may be another program.
 const DOCUMENT_MAX: usize = 64 << 20;
@@ -32,6 +38,8 @@ pub(super) enum Failure {
     Refused,
     /// The same error would stop every request; it says what to do.
     Closed(anyhow::Error),
+    /// The server did not prove that it is the gateway of the data folder.
+    Foreign(anyhow::Error),
     /// Something accepted the request, but sent no valid HTTP.
     Broken(anyhow::Error),
 }
@@ -70,13 +78,20 @@ impl Response {
     }
 }
 
+/// The key that a gateway is shown, and what it proves before.
+#[derive(Clone, Copy)]
+pub(super) struct Credentials<'a> {
+    pub(super) key: Option<&'a str>,
+    pub(super) proof: Option<&'a FolderProof>,
+}
+
 /// Sends a request to a gateway: its URL, a method and path, a JSON document if there is one, and a key.
 pub(super) async fn send(
     base: &Uri,
     trust: &Trust,
     (method, path): (Method, &str),
     body: Option<Bytes>,
-    key: Option<&str>,
+    Credentials { key, proof }: Credentials<'_>,
 ) -> Result<Response, Failure> {
     let target = format!("{}{path}", base.path().trim_end_matches('/'));
     let host = base.authority().map_or("", |authority| authority.as_str());
@@ -90,13 +105,17 @@ pub(super) async fn send(
     let request = request.body(Full::new(body.unwrap_or_default()));
     let request = request.map_err(|_| Failure::Closed(anyhow!("the API key has letters that no key has")))?;
     let stream = connect(base).await?;
+    let address = stream.peer_addr().map_err(|error| Failure::Broken(error.into()))?;
+    let proof = proof.map(|proof| (proof, address));
     if !is_tls(base) {
-        return match exchange(stream, request).await {
-            Err(error) if speaks_tls(base).await => Err(Failure::Closed(anyhow!(
-                "{base} was asked in plain HTTP and speaks TLS; write https://{host} ({error})",
-                base = shown(base)
-            ))),
-            answered => answered.map_err(|error| broken(base, &error)),
+        return match exchange(base, stream, proof, request).await {
+            Err(Failure::Broken(error) | Failure::Foreign(error)) if speaks_tls(base).await => {
+                Err(Failure::Closed(anyhow!(
+                    "{base} was asked in plain HTTP and speaks TLS; write https://{host} ({error})",
+                    base = shown(base)
+                )))
+            }
+            answered => answered,
         };
     }
     let connector = trust.connector().map_err(Failure::Closed)?;
@@ -107,7 +126,7 @@ pub(super) async fn send(
     let stream = handshake
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
         .map_err(|error| Failure::Closed(untrusted(base, &error)))?;
-    exchange(stream, request).await.map_err(|error| broken(base, &error))
+    exchange(base, stream, proof, request).await
 }
 
 fn is_tls(base: &Uri) -> bool {
@@ -164,15 +183,47 @@ async fn connect(base: &Uri) -> Result<TcpStream, Failure> {
     })
 }
 
+/// Sends a request over a connection, once the server has proven on the same connection what it must.
 async fn exchange(
+    base: &Uri,
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    proof: Option<(&FolderProof, SocketAddr)>,
     request: Request<Full<Bytes>>,
-) -> hyper::Result<Response> {
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+) -> Result<Response, Failure> {
+    let failed = |error: hyper::Error| broken(base, &error);
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(failed)?;
     let mut driver = JoinSet::new();
     driver.spawn(connection);
-    let (head, body) = sender.send_request(request).await?.into_parts();
+    if let Some((proof, address)) = proof {
+        prove(base, &mut sender, proof, address).await?;
+    }
+    let (head, body) = sender.send_request(request).await.map_err(failed)?.into_parts();
     Ok(Response { status: head.status, headers: head.headers, body, _connection: driver })
+}
+
+/// Asks the server to prove that it is the gateway of the data folder.
+async fn prove(
+    base: &Uri,
+    sender: &mut SendRequest<Full<Bytes>>,
+    proof: &FolderProof,
+    address: SocketAddr,
+) -> Result<(), Failure> {
+    let challenge = proof.challenge().map_err(Failure::Closed)?;
+    let host = base.authority().map_or("", |authority| authority.as_str());
+    let request = Request::get(challenge.path()).header(header::HOST, host).body(Full::default());
+    let request = request.map_err(|error| Failure::Closed(error.into()))?;
+    let answer = timeout(CONNECT, async {
+        let response = sender.send_request(request).await.map_err(|error| broken(base, &error))?;
+        let body = Limited::new(response.into_body(), PROOF_ANSWER_MAX).collect().await;
+        let answer = body.ok().and_then(|body| serde_json::from_slice(&body.to_bytes()).ok());
+        sender.ready().await.map_err(|error| broken(base, &error))?;
+        Ok::<_, Failure>(answer.unwrap_or(Value::Null))
+    });
+    match answer.await {
+        Ok(Ok(answer)) if challenge.is_met(address, &answer) => Ok(()),
+        // A server that closes the connection after the question has not proven anything either.
+        Ok(_) | Err(_) => Err(Failure::Foreign(proof.refusal(&shown(base)))),
+    }
 }
 
 /// Returns whether the server speaks TLS, after plain HTTP failed.

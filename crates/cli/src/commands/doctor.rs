@@ -51,7 +51,9 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
             checks.push(workers(&client, &fleet).await);
             checks.extend(devices::device_placements(&fleet));
         }
-        Presence::Closed(error) => checks.push(check("gateway", Err(format!("{error:#}")))),
+        Presence::Closed(error) | Presence::Foreign(error) => {
+            checks.push(check("gateway", Err(format!("{error:#}"))));
+        }
         Presence::Absent(error) if server.url.is_some() => checks.push(check("gateway", Err(format!("{error:#}")))),
         Presence::Absent(_) if roles.contains(&"gateway") || roles.contains(&"up") => {
             let reason = format!(
@@ -125,7 +127,7 @@ fn keys(context: &Context) -> Result<String, String> {
         return Err(format!("others can read the folder {0}; run: chmod 700 {0}", folder.display()));
     }
     let mut files = vec![context.data.api_key_file()];
-    files.extend(["pepper", "root.key"].map(|name| folder.join(name)));
+    files.extend(["pepper", "root.key", "gateway.secret"].map(|name| folder.join(name)));
     if let Ok(nodes) = std::fs::read_dir(folder.join("nodes")) {
         files.extend(nodes.flatten().map(|node| node.path()));
     }

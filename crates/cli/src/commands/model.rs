@@ -303,15 +303,12 @@ impl Models {
     /// Asks the gateway, or if none responds the registry or its store.
     async fn look(context: &Context, server: &ServerArgs) -> anyhow::Result<Self> {
         let client = GatewayClient::find(server, &context.settings, &context.data, &context.env)?;
-        if server.url.is_some() || responds(&client).await? {
+        let has_registry = context.data.registry_store().exists() || context.data.pool()?.is_some();
+        if server.url.is_some() || !has_registry || responds(&client).await? {
             let listed = client.models().await?;
             let catalog = of_gateway(&client, &listed).await;
             let fleet = client.get("/admin/v1/nodes").await.ok();
             return Ok(Self { listed: Some(listed), catalog, fleet, names: names(client).await });
-        }
-        let has_registry = context.data.registry_store().exists() || context.data.pool()?.is_some();
-        if !has_registry {
-            return Err(anyhow!("nothing answers at {}; start the network with `tether up`", client.url()));
         }
         let admin = AdminClient::of_registry(server, &context.settings, &context.data, &context.env).await?;
         let catalog = admin.catalog().await;

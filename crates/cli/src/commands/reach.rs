@@ -48,8 +48,10 @@ pub(super) async fn reach(context: &mut Context, server: &ServerArgs, named: Opt
             return Ok(Reached { client, model, load: None, own: None });
         }
         Presence::Closed(error) => return Err(error),
+        // The user probably means that network, unless they gave a file or a source.
+        Presence::Foreign(error) if file.is_none() && source.is_none() => return Err(error),
         Presence::Absent(error) if server.url.is_some() => return Err(error),
-        Presence::Absent(_) => {}
+        Presence::Absent(_) | Presence::Foreign(_) => {}
     }
     // The user probably means the network of another folder, unless they gave a file or a source.
     let usual = GatewayClient::here(&usual_url(&context.settings), None, &context.settings, &context.data)?;

@@ -128,7 +128,10 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
             output::line(
                 "ask it with an API key: the first lies in the registry's data folder, `tether token create` makes more",
             );
-            run_until_stopped(&context.stop, &shown, node, &stop, Box::pin(run_gateway(open, stop.clone()))).await
+            let run = Box::pin(run_gateway(open, stop.clone()));
+            let outcome = run_until_stopped(&context.stop, &shown, node, &stop, run).await;
+            context.data.forget_address();
+            outcome
         }
         NodeRole::Worker => {
             let run = Box::pin(worker(&mut services, node, membership, stop.clone()));

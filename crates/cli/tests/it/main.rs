@@ -10,6 +10,7 @@ mod continuation;
 mod conversations;
 mod documents;
 mod downloads;
+mod impostor;
 mod membership;
 mod memory_network;
 #[cfg(feature = "llama")]

@@ -203,6 +203,7 @@ impl Network {
             metrics: metrics.gateway,
             exposition: metrics.exposition,
             membership,
+            folder_secret: None,
             version: "0".into(),
         };
         let config = gateway::Config { bind: ([127, 0, 0, 1], 0).into(), ..gateway::Config::default() };

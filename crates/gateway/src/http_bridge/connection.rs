@@ -24,7 +24,7 @@ use tracing::debug;
 
 use super::client_address::{client_address, is_proxy};
 use super::errors;
-use super::extract::Bridge;
+use super::extract::{ArrivedAt, Bridge};
 use super::reset_limit::ResetLimit;
 use super::router;
 use super::timeouts::{Activity, ConnectionTimeouts, TrackedBody, Watched};
@@ -110,10 +110,11 @@ impl Connections {
         if let Err(error) = stream.set_nodelay(true) {
             debug!(%error, "no TCP_NODELAY");
         }
+        let Ok(arrived_at) = stream.local_addr().map(ArrivedAt) else { return };
         match &shared.tls {
-            None => shared.drive(stream, peer.ip()).await,
+            None => shared.drive(stream, peer.ip(), arrived_at).await,
             Some(tls) => match time::timeout(shared.timeouts.head, tls.accept(stream)).await {
-                Ok(Ok(stream)) => shared.drive(stream, peer.ip()).await,
+                Ok(Ok(stream)) => shared.drive(stream, peer.ip(), arrived_at).await,
                 Ok(Err(error)) => debug!(%error, "TLS handshake failed"),
                 Err(_) => debug!("TLS handshake took too long"),
             },
@@ -122,11 +123,17 @@ impl Connections {
 }
 
 impl Shared {
-    async fn drive(self: &Arc<Self>, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: IpAddr) {
+    async fn drive(
+        self: &Arc<Self>,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        peer: IpAddr,
+        arrived_at: ArrivedAt,
+    ) {
         let activity = Arc::new(Activity::begin());
         let excess = CancellationToken::new();
         let io = TokioIo::new(Watched::new(stream, activity.clone()));
-        let service = hyper::service::service_fn(|request: Request<Incoming>| {
+        let service = hyper::service::service_fn(|mut request: Request<Incoming>| {
+            request.extensions_mut().insert(arrived_at);
             let guard = activity.request(request.version() == Version::HTTP_2);
             let (shared, excess) = (self.clone(), excess.clone());
             async move {

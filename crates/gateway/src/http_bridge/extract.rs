@@ -1,6 +1,7 @@
 //! Axum extractors for what handlers need besides the body: context, API token and path segment.
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 
 use axum::extract::{FromRequestParts, Path};
 use http::request::Parts;
@@ -37,6 +38,10 @@ pub(super) struct Inquiry {
     pub(super) context: RequestContext,
     pub(super) token: Option<String>,
 }
+
+/// The address at which a request arrived.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ArrivedAt(pub(super) SocketAddr);
 
 /// A path parameter.
 pub(super) struct Segment(pub(super) String);

@@ -1,14 +1,15 @@
 //! Health checks, metrics and the version.
 
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{Extension, State};
 use http::{HeaderValue, Response, header};
 use protocol::{ErrorCode, WireError};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::errors;
-use super::extract::{Bridge, Inquiry};
+use super::errors::{self, ApiError};
+use super::extract::{ArrivedAt, Bridge, Inquiry, Segment};
+use crate::folder_proof::PROOF_BYTES;
 use crate::openai::response::error::ErrorBody;
 
 /// The content type of OpenMetrics text.
@@ -35,6 +36,12 @@ pub(super) struct Readiness {
 }
 
 #[derive(Serialize, ToSchema)]
+pub(super) struct FolderProof {
+    /// The proof, as 64 hexadecimal digits.
+    proof: String,
+}
+
+#[derive(Serialize, ToSchema)]
 pub(super) struct Version<'a> {
     /// Always `tether`.
     name: &'static str,
@@ -52,6 +59,32 @@ pub(super) async fn live() -> Response<Body> {
 #[utoipa::path(get, path = "/health", tag = "operations", operation_id = "health", responses((status = 200, description = "Alive", body = Status)))]
 pub(super) async fn alias() -> Response<Body> {
     live().await
+}
+
+/// Proves that the gateway runs on a data folder.
+///
+/// The commands of a machine ask this before they show the gateway the API key of their data folder. The proof is an HMAC
+/// of the nonce and the gateway's address under a secret in the folder.
+#[utoipa::path(
+    get, path = "/healthz/folder/{nonce}", tag = "operations", operation_id = "proveFolder",
+    params(("nonce" = String, Path, description = "A random number, as 64 hexadecimal digits")),
+    responses(
+        (status = 200, description = "The proof", body = FolderProof),
+        (status = 400, description = "The nonce is malformed", body = ErrorBody),
+        (status = 404, description = "This gateway has no data folder", body = ErrorBody),
+    ),
+)]
+pub(super) async fn prove(
+    State(bridge): State<Bridge>,
+    Extension(ArrivedAt(address)): Extension<ArrivedAt>,
+    Segment(nonce): Segment,
+) -> Result<Response<Body>, ApiError> {
+    let mut bytes = [0; PROOF_BYTES];
+    hex::decode_to_slice(&nonce, &mut bytes)
+        .map_err(|_| WireError::new(ErrorCode::InvalidValue, "the nonce has 64 hexadecimal digits"))?;
+    let secret = bridge.gateway.folder_secret();
+    let secret = secret.ok_or_else(|| WireError::new(ErrorCode::NotFound, "this gateway has no data folder"))?;
+    Ok(errors::json(&FolderProof { proof: hex::encode(secret.prove(&bytes, address)) }))
 }
 
 /// Returns 200 while the gateway can answer requests.

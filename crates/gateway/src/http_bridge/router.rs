@@ -80,6 +80,7 @@ fn routes() -> OpenApiRouter<Bridge> {
     let operations = OpenApiRouter::new()
         .routes(routes!(health::live))
         .routes(routes!(health::alias))
+        .routes(routes!(health::prove))
         .routes(routes!(health::ready))
         .routes(routes!(health::metrics))
         .routes(routes!(health::version))

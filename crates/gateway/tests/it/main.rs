@@ -82,6 +82,7 @@ impl Network {
             membership,
             metrics,
             exposition: exposition.clone(),
+            folder_secret: None,
             version: "1.2.3".into(),
         };
         let gateway = Gateway::new(config, parts);

@@ -132,6 +132,7 @@ async fn a_configuration_that_cannot_work_is_refused_at_start() {
             membership: Membership::unchecked(),
             metrics,
             exposition,
+            folder_secret: None,
             version: "0".into(),
         };
         async { Gateway::new(config, parts).bind().await.err().expect("refused") }
