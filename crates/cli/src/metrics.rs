@@ -1,8 +1,11 @@
-//! The metrics of a process: one registry, in which each service's metrics are registered.
+//! The metrics of a process: one registry, in which the metrics of its services are registered.
 
 use observability::Exposition;
 use observability::metrics::register_shed;
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
+
+use crate::services::VERSION;
 
 /// Metrics of all services that a process may run. Clones share them.
 #[derive(Debug, Clone)]
@@ -15,15 +18,41 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Creates a registry and registers the metrics of every service.
+    /// Creates the metrics of a process that runs every service.
     pub fn new() -> Self {
-        let mut registry = Registry::default();
-        let worker = worker::Metrics::register(&mut registry);
-        let shed = register_shed(&mut registry);
-        let gateway = gateway::Metrics::register(&mut registry, shed.clone());
-        let orchestrator = orchestrator::Metrics::register(&mut registry, shed);
-        Self { worker, gateway, orchestrator, exposition: Exposition::new(registry) }
+        Self::of(&["gateway", "orchestrator", "registry", "worker"])
     }
+
+    /// Creates the metrics of a process that runs these roles. It exposes those of no other: what a process does not
+    /// know is absent, and not 0.
+    pub fn of(roles: &[&str]) -> Self {
+        let mut registries = Registries::default();
+        registries.exposed.register("tether_build", "Version and roles of this process", build(roles));
+        let [runs_worker, runs_gateway, runs_orchestrator] =
+            ["worker", "gateway", "orchestrator"].map(|role| roles.contains(&role));
+        let worker = worker::Metrics::register(registries.of(runs_worker));
+        let shed = register_shed(registries.of(runs_gateway || runs_orchestrator));
+        let gateway = gateway::Metrics::register(registries.of(runs_gateway), shed.clone());
+        let orchestrator = orchestrator::Metrics::register(registries.of(runs_orchestrator), shed);
+        Self { worker, gateway, orchestrator, exposition: Exposition::new(registries.exposed) }
+    }
+}
+
+/// The metrics of a process, and those of the services that it does not run.
+#[derive(Default)]
+struct Registries {
+    exposed: Registry,
+    hidden: Registry,
+}
+
+impl Registries {
+    fn of(&mut self, is_exposed: bool) -> &mut Registry {
+        if is_exposed { &mut self.exposed } else { &mut self.hidden }
+    }
+}
+
+fn build(roles: &[&str]) -> Info<[(&'static str, String); 2]> {
+    Info::new([("version", VERSION.to_owned()), ("roles", roles.join(","))])
 }
 
 impl Default for Metrics {
@@ -80,7 +109,31 @@ mod tests {
     /// Dashboards and alerts rely on these lines: a change of one is a change of the interface.
     #[test]
     fn names_types_help_and_labels_are_those_that_dashboards_rely_on() {
-        assert_eq!(all().exposition.encode(), include_str!("metrics/exposition.txt"));
+        let expected = include_str!("metrics/exposition.txt").replace("VERSION", VERSION);
+        assert_eq!(all().exposition.encode(), expected);
+    }
+
+    #[test]
+    fn a_process_exposes_the_metrics_of_its_own_roles() {
+        let names = |role| {
+            let metrics = Metrics::of(&[role]);
+            metrics.gateway.shed.get_or_create(&ReasonLabel { reason: "x" }).inc();
+            metrics.worker.engine_deaths.get_or_create(&ModelLabel { model: "m".into() }).inc();
+            metrics.exposition.encode()
+        };
+        let gateway = names("gateway");
+        assert!(gateway.contains("tether_throttled_total 0") && gateway.contains("tether_shed_total{"), "{gateway}");
+        for foreign in ["tether_workers", "tether_reservations", "tether_breaker", "tether_engine", "tether_worker_"] {
+            assert!(!gateway.contains(foreign), "{foreign}: {gateway}");
+        }
+        let orchestrator = names("orchestrator");
+        assert!(orchestrator.contains("tether_workers_live 0") && orchestrator.contains("tether_shed_total{"));
+        assert!(!orchestrator.contains("tether_throttled") && !orchestrator.contains("tether_registry_silence"));
+        let worker = names("worker");
+        assert!(worker.contains("tether_engine_deaths_total{") && !worker.contains("tether_shed"));
+        let registry = names("registry");
+        assert!(registry.contains("tether_build_info{version=") && registry.contains("roles=\"registry\"} 1"));
+        assert_eq!(registry.lines().count(), 4, "{registry}");
     }
 
     #[test]

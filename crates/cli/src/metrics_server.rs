@@ -8,6 +8,10 @@ use axum::http::header;
 use axum::routing::get;
 use observability::Exposition;
 use tokio::net::TcpListener;
+use tracing::warn;
+
+use crate::output;
+use crate::settings::Settings;
 
 /// Content type of OpenMetrics text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -24,6 +28,18 @@ impl MetricsServer {
         let listener =
             listener.with_context(|| format!("could not listen on {address}; choose another with --metrics-listen"))?;
         Ok(Self { listener, metrics })
+    }
+
+    /// Binds the address in the settings, if there is one, and prints it.
+    pub async fn open(settings: &Settings, metrics: &Exposition) -> anyhow::Result<Option<Self>> {
+        let Some(address) = settings.metrics_listen else { return Ok(None) };
+        let server = Self::bind(address, metrics.clone()).await?;
+        let address = server.address()?;
+        if !address.ip().is_loopback() {
+            warn!(%address, "metrics beyond this machine: whoever reaches this address reads them without a key");
+        }
+        output::line(format!("metrics at http://{address}/metrics"));
+        Ok(Some(server))
     }
 
     pub fn address(&self) -> anyhow::Result<SocketAddr> {

@@ -67,8 +67,25 @@ pub struct Config {
     pub token_cache_secs: u64,
     /// Seconds for which the list of models is cached.
     pub catalog_cache_secs: u64,
+    /// Who may read `/metrics` on the gateway's address: `local` for clients on this machine, except trusted proxies, and
+    /// for operators; `operators`; or `anyone`. Operators show their API key. Choose `operators` behind a proxy on this
+    /// machine that is not listed in `trusted_proxies`.
+    pub metrics_access: MetricsAccess,
     /// Rate limit of each tenant.
     pub rate_limit: RateLimitConfig,
+}
+
+/// Who may read a gateway's metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MetricsAccess {
+    /// Clients on this machine, and operators.
+    #[default]
+    Local,
+    /// Operators, by their API key.
+    Operators,
+    /// Everybody who reaches the gateway's address.
+    Anyone,
 }
 
 /// Rate limit of each tenant whose policy sets none.
@@ -107,6 +124,7 @@ impl Default for Config {
             stall_timeout_secs: 120,
             token_cache_secs: 5,
             catalog_cache_secs: 5,
+            metrics_access: MetricsAccess::Local,
             rate_limit: RateLimitConfig::default(),
         }
     }

@@ -98,6 +98,10 @@ struct Inner {
 impl Gateway {
     /// Creates a gateway. It does nothing until it runs.
     pub fn new(config: Config, parts: GatewayParts) -> Self {
+        let (membership, silence) = (parts.membership.clone(), parts.metrics.registry_silence.clone());
+        parts.exposition.refresh(move || {
+            silence.set(membership.registry_silence().as_secs_f64());
+        });
         let (upstream, upstream_task) = Upstream::new(parts.transport.clone(), config.region.clone(), parts.membership);
         let inner = Inner {
             clock: parts.clock,
@@ -500,10 +504,6 @@ impl Gateway {
     /// Returns the membership: which nodes belong to the network.
     pub(crate) fn membership(&self) -> &Membership {
         self.inner.upstream.membership()
-    }
-
-    pub(crate) fn metrics(&self) -> &Metrics {
-        &self.inner.metrics
     }
 
     pub(crate) fn exposition(&self) -> &Exposition {

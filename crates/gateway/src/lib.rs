@@ -28,7 +28,7 @@ mod rpc_gateway;
 mod upstream;
 
 pub use answer::{Answer, Content, End, Piece, parse_chunk};
-pub use config::{Config, ProxyNetwork, RateLimitConfig};
+pub use config::{Config, MetricsAccess, ProxyNetwork, RateLimitConfig};
 pub use gateway::{Gateway, GatewayParts};
 pub use http_bridge::GatewayError;
 pub use infer_request::parse_infer;

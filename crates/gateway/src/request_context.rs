@@ -28,8 +28,10 @@ impl Origin {
     /// Returns the origin of an HTTP client with this address.
     pub fn of(address: IpAddr) -> Self {
         Self::Address(match address.to_canonical() {
-            IpAddr::V4(address) => address.into(),
-            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & NETWORK_BITS).into(),
+            IpAddr::V6(address) if !address.is_loopback() => {
+                Ipv6Addr::from_bits(address.to_bits() & NETWORK_BITS).into()
+            }
+            address => address,
         })
     }
 }
@@ -83,5 +85,6 @@ mod tests {
         assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
         assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
         assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
+        assert_ne!(of("::1"), of("::2"), "loopback stays what it is");
     }
 }

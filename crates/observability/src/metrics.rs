@@ -1,8 +1,10 @@
 //! What the metrics of all services share. Each service declares its own metrics in its module `metrics`.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -38,22 +40,38 @@ pub fn register_shed(registry: &mut Registry) -> Shed {
 }
 
 /// All metrics of a process, as Prometheus reads them. Clones share one registry.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Exposition {
     registry: Arc<Registry>,
+    refreshers: Arc<Mutex<Vec<Refresher>>>,
 }
+
+/// Sets gauges before they are read.
+type Refresher = Box<dyn Fn() + Send + Sync>;
 
 impl Exposition {
     /// Exposes the metrics of a registry. Nothing can be registered later.
     pub fn new(registry: Registry) -> Self {
-        Self { registry: Arc::new(registry) }
+        Self { registry: Arc::new(registry), refreshers: Arc::default() }
+    }
+
+    /// Calls a function before each encoding. It sets gauges whose values are known elsewhere.
+    pub fn refresh(&self, set: impl Fn() + Send + Sync + 'static) {
+        self.refreshers.lock().push(Box::new(set));
     }
 
     /// Encodes all metrics in the OpenMetrics 1.0 text format, which Prometheus scrapes.
     pub fn encode(&self) -> String {
+        self.refreshers.lock().iter().for_each(|set| set());
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)
             .expect("writing to a string does not fail");
         text
+    }
+}
+
+impl fmt::Debug for Exposition {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Exposition").field("registry", &self.registry).finish_non_exhaustive()
     }
 }

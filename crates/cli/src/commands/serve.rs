@@ -44,7 +44,10 @@ pub(super) async fn bootstrap(context: Context, args: &NodeArgs) -> anyhow::Resu
         "bootstrap node on UDP {0}; nodes find each other with --bootstrap {0}",
         node.reachable_address()
     ));
-    context.stop.cancelled().await;
+    match MetricsServer::open(&context.settings, &Metrics::of(&["bootstrap"]).exposition).await? {
+        Some(server) => drop(context.stop.run_until_cancelled(server.serve()).await),
+        None => context.stop.cancelled().await,
+    }
     node.stop().await;
     Ok(Outcome::Well)
 }
@@ -85,7 +88,7 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     }
     output::line("next: tether invite --role orchestrator, --role gateway and --role worker, each for one node");
 
-    let services = services(&context, clock);
+    let services = services(&context, "registry", clock);
     let stop = CancellationToken::new();
     let run = services.registry(node.transport(), store.clone(), authority, stop.clone());
     let outcome = run_until_stopped(&context.stop, &services, &node, &stop, run).await;
@@ -110,7 +113,7 @@ pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> 
     let membership = node.membership()?;
     info!(role = node.name, key = %node.public_key(), address = %node.address(), "on the network");
     output::line(format!("{} {} on UDP {}", node.name, node.public_key(), node.address()));
-    let mut services = services(context, Arc::new(SystemClock));
+    let mut services = services(context, name(role)?, Arc::new(SystemClock));
     let shown = services.clone();
     let stop = CancellationToken::new();
     match role {
@@ -186,14 +189,7 @@ async fn run_until_stopped(
     stop: &CancellationToken,
     run: impl Future<Output = anyhow::Result<()>>,
 ) -> anyhow::Result<Outcome> {
-    let show = match services.settings.metrics_listen {
-        Some(address) => {
-            let server = MetricsServer::bind(address, services.metrics.exposition.clone()).await?;
-            output::line(format!("metrics at http://{}/metrics", server.address()?));
-            Some(server)
-        }
-        None => None,
-    };
+    let show = MetricsServer::open(&services.settings, &services.metrics.exposition).await?;
     let show = async {
         if let Some(server) = show {
             stop.run_until_cancelled(server.serve()).await;
@@ -219,8 +215,8 @@ async fn run_until_stopped(
     }
 }
 
-fn services(context: &Context, clock: Arc<dyn protocol::Clock>) -> Services {
-    Services { settings: context.settings.clone(), data: context.data.clone(), metrics: Metrics::new(), clock }
+fn services(context: &Context, role: &str, clock: Arc<dyn protocol::Clock>) -> Services {
+    Services { settings: context.settings.clone(), data: context.data.clone(), metrics: Metrics::of(&[role]), clock }
 }
 
 /// Returns the name of a role's files.

@@ -355,6 +355,13 @@ async fn nodes_have_names_by_which_they_are_listed_renamed_and_revoked_from_any_
     mesh.until_ready(WORKERS[0]).await;
     let shown = reqwest::get(&at).await.expect("answered").text().await.expect("text");
     assert!(shown.contains("tether_workers_live 1\n"), "{shown}");
+    assert!(!shown.contains("tether_throttled"), "{shown}");
+    let gateway = reqwest::get(format!("{}/metrics", mesh.gateway.url())).await.expect("answered");
+    let gateway = gateway.text().await.expect("text");
+    assert!(gateway.contains("roles=\"gateway\"") && gateway.contains("tether_throttled_total 0\n"), "{gateway}");
+    for foreign in ["tether_workers_live", "tether_reservations", "tether_breaker", "tether_engine"] {
+        assert!(!gateway.contains(foreign), "{foreign}: {gateway}");
+    }
     mesh.end().await;
 }
 

@@ -3,14 +3,18 @@
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use http::{HeaderValue, Response, header};
+use protocol::control::Scope;
 use protocol::{ErrorCode, WireError};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::errors::{self, ApiError};
 use super::extract::{ArrivedAt, Bridge, Inquiry, Segment};
+use crate::config::MetricsAccess;
 use crate::folder_proof::PROOF_BYTES;
+use crate::gateway::Gateway;
 use crate::openai::response::error::ErrorBody;
+use crate::request_context::{Origin, RequestContext};
 
 /// The content type of OpenMetrics text.
 const OPEN_METRICS: HeaderValue =
@@ -130,14 +134,35 @@ async fn readiness(bridge: &Bridge) -> Result<Readiness, WireError> {
 /// Returns the metrics as OpenMetrics text.
 #[utoipa::path(
     get, path = "/metrics", tag = "operations", operation_id = "metrics",
-    responses((status = 200, description = "Metrics", body = String, content_type = "application/openmetrics-text")),
+    security((), ("api_key" = [])),
+    responses(
+        (status = 200, description = "Metrics", body = String, content_type = "application/openmetrics-text"),
+        (status = 401, description = "Clients of other machines need an operator's API key", body = ErrorBody),
+        (status = 403, description = "The API key is not an operator's", body = ErrorBody),
+    ),
 )]
-pub(super) async fn metrics(State(bridge): State<Bridge>) -> Response<Body> {
-    let gateway = &bridge.gateway;
-    gateway.metrics().registry_silence.set(gateway.membership().registry_silence().as_secs_f64());
-    let mut response = Response::new(Body::from(gateway.exposition().encode()));
+pub(super) async fn metrics(
+    State(bridge): State<Bridge>,
+    Inquiry { context, token }: Inquiry,
+) -> Result<Response<Body>, ApiError> {
+    check_reader(&bridge.gateway, context, token.as_deref()).await?;
+    let mut response = Response::new(Body::from(bridge.gateway.exposition().encode()));
     response.headers_mut().insert(header::CONTENT_TYPE, OPEN_METRICS);
-    response
+    Ok(response)
+}
+
+/// Checks whether a client may read the metrics.
+async fn check_reader(gateway: &Gateway, context: RequestContext, token: Option<&str>) -> Result<(), WireError> {
+    // A proxy on this machine speaks for clients elsewhere, and headers that contradict each other count as its own.
+    let is_proxy = |address| gateway.config().trusted_proxies.iter().any(|network| network.contains(address));
+    let is_local = matches!(context.origin, Some(Origin::Address(from)) if from.is_loopback() && !is_proxy(from));
+    match gateway.config().metrics_access {
+        MetricsAccess::Anyone => Ok(()),
+        MetricsAccess::Local if is_local => Ok(()),
+        MetricsAccess::Local | MetricsAccess::Operators => {
+            gateway.authenticate(token, context.origin, Scope::Admin).await.map(drop)
+        }
+    }
 }
 
 /// Returns the program's version.

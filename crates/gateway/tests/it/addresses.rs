@@ -4,11 +4,11 @@ use std::sync::atomic::Ordering;
 
 use protocol::token::{ApiToken, RANDOM_BYTES, TokenKind};
 use reqwest::{Method, Response};
-use tether_gateway::Config;
+use tether_gateway::{Config, MetricsAccess};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
-use crate::{Network, chat_body, config, expect_error};
+use crate::{Network, chat_body, config, expect_error, fake};
 
 /// Connects from an address of this machine.
 async fn connect_from(network: &Network, from: [u8; 4]) -> TcpStream {
@@ -112,6 +112,42 @@ async fn a_thousand_random_tokens_cost_the_registry_a_hundred_questions_at_most(
     }
     let asked = network.fake.token_checks.load(Ordering::Relaxed);
     assert!(asked <= 100, "{asked} questions");
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_are_for_this_machine_and_for_operators() {
+    let read = async |network: &Network, client: Option<&str>, token: Option<String>| {
+        let mut request = network.request(Method::GET, "/metrics");
+        if let Some(client) = client {
+            request = request.header("x-forwarded-for", client);
+        }
+        if let Some(token) = token {
+            request = request.bearer_auth(token);
+        }
+        request.send().await.expect("answered")
+    };
+    let (outside, tenant, operator) = (Some("192.0.2.1"), Some(fake::token(1)), Some(fake::token(4)));
+    let network = Network::start().await;
+    assert_eq!(read(&network, None, None).await.status(), 200);
+    network.end().await;
+    let network = Network::start_with(behind_a_proxy()).await;
+    for words_of_a_client in [None, Some("nonsense"), Some("127.0.0.1")] {
+        expect_error(read(&network, words_of_a_client, None).await, 401, "invalid_api_key", None).await;
+    }
+    expect_error(read(&network, outside, None).await, 401, "invalid_api_key", None).await;
+    expect_error(read(&network, outside, tenant).await, 403, "insufficient_scope", None).await;
+    let read_by_operator = read(&network, outside, operator.clone()).await;
+    assert_eq!(read_by_operator.status(), 200);
+    assert!(read_by_operator.text().await.expect("text").ends_with("# EOF\n"));
+    network.end().await;
+
+    let network = Network::start_with(Config { metrics_access: MetricsAccess::Operators, ..config() }).await;
+    expect_error(read(&network, None, None).await, 401, "invalid_api_key", None).await;
+    assert_eq!(read(&network, None, operator).await.status(), 200);
+    network.end().await;
+    let network = Network::start_with(Config { metrics_access: MetricsAccess::Anyone, ..behind_a_proxy() }).await;
+    assert_eq!(read(&network, outside, None).await.status(), 200);
     network.end().await;
 }
 
