@@ -24,11 +24,16 @@ pub fn nearest<'a>(mistyped: &str, known: impl IntoIterator<Item = &'a str>) -> 
     (similarity(best) > 0.9).then_some(best)
 }
 
-/// Prints text at once, without waiting for the end of the line.
+/// Prints text at once, without waiting for the end of the line. A closed pipe is not an error.
 pub fn piece(text: &str) {
+    let _ = try_piece(text);
+}
+
+/// Prints text at once. For answers: nobody should wait for the rest of one that cannot be written.
+pub fn try_piece(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    let _ = stdout.write_all(text.as_bytes());
-    let _ = stdout.flush();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
 }
 
 /// Prints a value as JSON, with the characters that [`harmless`] escapes as `\uXXXX`.

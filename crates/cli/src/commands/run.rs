@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
 use super::reach::{Reached, missing_model, reach};
@@ -52,7 +53,8 @@ async fn ask(reached: &Reached, args: &RunArgs, as_json: bool) -> anyhow::Result
     let mut is_noted = false;
     loop {
         let error = match stream(client, args, as_json).await {
-            Ok(answer) => {
+            Ok(None) => return Ok(()),
+            Ok(Some(answer)) => {
                 if args.verbose {
                     output::note(figures(&answer, load));
                 }
@@ -147,21 +149,39 @@ fn joined(given: Option<&str>, piped: &str) -> anyhow::Result<String> {
     }
 }
 
-async fn stream(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<ChatAnswer> {
+/// Prints an answer as it arrives. Returns `None` if its reader left before the end, as `head` does.
+async fn stream(client: &GatewayClient, args: &RunArgs, as_json: bool) -> anyhow::Result<Option<ChatAnswer>> {
     let mut voice = Voice::new(Screen::of_stdout());
-    let answer = client
-        .chat(&body(args), |piece| {
-            if !as_json {
-                output::piece(&voice.says(piece));
-            }
-        })
-        .await?;
+    let (tell, unwritten) = oneshot::channel();
+    let mut tell = Some(tell);
+    let body = body(args);
+    let asked = client.chat(&body, |piece| {
+        if !as_json
+            && let Err(error) = output::try_piece(&voice.says(piece))
+            && let Some(tell) = tell.take()
+        {
+            let _ = tell.send(error);
+        }
+    });
+    let answer = tokio::select! {
+        biased;
+        Ok(error) = unwritten => return unwritten_answer(error).map(|()| None),
+        answer = asked => answer?,
+    };
     if as_json {
         output::json(&json_of(&answer))?;
     } else {
         output::piece(voice.ends());
     }
-    Ok(answer)
+    Ok(Some(answer))
+}
+
+/// Returns an error unless the answer could not be written because its reader left.
+fn unwritten_answer(error: io::Error) -> anyhow::Result<()> {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => Ok(()),
+        _ => Err(error).context("the answer could not be written to stdout"),
+    }
 }
 
 fn body(args: &RunArgs) -> Value {

@@ -2,6 +2,8 @@
 
 #![cfg(feature = "llama")]
 
+use std::process::Stdio;
+
 use protocol::Clock as _;
 use rpc::SystemClock;
 use rustix::process::Signal;
@@ -30,6 +32,34 @@ fn the_network_answers_is_looked_at_and_ends_cleanly() {
     assert_eq!(engines.len(), 2, "each worker's model has a process of its own");
     assert_eq!(up.end(), Some(0));
     assert!(!engines.iter().any(|engine| lives(*engine)), "an engine outlived the network");
+}
+
+#[test]
+fn a_log_that_cannot_be_written_stops_neither_the_network_nor_a_request() {
+    let home = Home::new();
+    let up = home.up_on_a_full_disk();
+    for _ in 0..3 {
+        assert!(home.well(&QUESTION).contains("Tokyo"));
+    }
+    assert_eq!(up.end(), Some(0));
+}
+
+#[test]
+fn an_answer_whose_reader_leaves_ends_quietly_and_one_on_a_full_disk_with_an_error() {
+    let home = Home::new();
+    let up = home.up(&[]);
+    let mut asked = home.command(&["run", "tether-tiny", "Count to one hundred.", "--max-tokens", "400"]);
+    let mut asked = asked.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program runs");
+    // Nobody reads: the first piece finds a closed pipe.
+    drop(asked.stdout.take());
+    let ended = asked.wait_with_output().expect("it ends");
+    assert_eq!((ended.status.code(), String::from_utf8_lossy(&ended.stderr).as_ref()), (Some(0), ""));
+
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("a full disk");
+    let ended = home.command(&QUESTION).stdout(full).output().expect("the program runs");
+    let error = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(ended.status.code() == Some(2) && error.contains("could not be written to stdout"), "{error}");
+    assert_eq!(up.end(), Some(0));
 }
 
 #[test]

@@ -76,8 +76,20 @@ impl Home {
         let wanted = settings.iter().find(|(name, _)| *name == "TETHER_WORKERS");
         let workers = wanted.map_or(1, |(_, count)| count.parse().expect("a number"));
         let mut command = self.command(&[&["up", "--bind", "127.0.0.1:0"], more].concat());
-        command.envs(settings.iter().copied()).stdout(Stdio::null());
-        let child = command.stderr(Stdio::null()).spawn().expect("the program starts");
+        command.envs(settings.iter().copied()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.until_ready(command, workers)
+    }
+
+    /// Starts the network with an output that cannot be written.
+    pub(crate) fn up_on_a_full_disk(&self) -> Up {
+        let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").expect("a full disk");
+        let mut command = self.command(&["up", "--bind", "127.0.0.1:0"]);
+        command.env("TETHER_LOG__FILTER", "debug").stdout(full()).stderr(full());
+        self.until_ready(command, 1)
+    }
+
+    fn until_ready(&self, mut command: Command, workers: usize) -> Up {
+        let child = command.spawn().expect("the program starts");
         let mut up = Up { child, url: String::new(), key: String::new() };
         wait_for("the network to be ready", || {
             assert!(up.child.try_wait().expect("a child").is_none(), "the network ended by itself");
