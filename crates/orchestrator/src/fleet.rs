@@ -1,5 +1,6 @@
 //! In-memory view of the live workers, from which the scheduler chooses.
 
+pub(crate) mod listing;
 mod replicas;
 
 use std::collections::HashMap;
@@ -342,6 +343,7 @@ impl Fleet {
                 report: worker.report.clone(),
                 age_ms: now.duration_since(worker.last_seen).as_millis() as u64,
                 reserved: worker.reserved.load(Ordering::Relaxed),
+                shortened: false,
             })
             .collect();
         workers.sort_by_key(|worker| worker.report.worker_id);

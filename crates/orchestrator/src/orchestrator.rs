@@ -38,7 +38,7 @@ use crate::decision_log::DecisionLog;
 use crate::discovery_sub::DiscoverySub;
 use crate::discovery_sub::search::Search;
 use crate::dispatch::{self, AttemptEnd, Delivery, Fault};
-use crate::fleet::{Change, Fleet, Wanted};
+use crate::fleet::{Change, Fleet, Wanted, listing};
 use crate::job::JobEvent;
 use crate::journey::{Journey, Verdict};
 use crate::metrics::{BreakerLabel, Metrics, PhaseLabel};
@@ -684,7 +684,7 @@ impl Orchestrator {
 
     #[expect(clippy::unused_async, reason = "handlers are async")]
     async fn list_fleet(self: Arc<Self>, _: Caller, _: Empty) -> Result<FleetMessage, WireError> {
-        Ok(FleetMessage { workers: self.fleet.list(Instant::now()) })
+        Ok(FleetMessage { workers: listing::bounded(self.fleet.list(Instant::now()), listing::LISTING_BYTES_MAX) })
     }
 
     #[expect(clippy::unused_async, reason = "handlers are async")]

@@ -133,6 +133,9 @@ pub struct FleetWorker {
     pub age_ms: u64,
     /// Number of jobs for which this orchestrator has reserved capacity on the worker.
     pub reserved: u32,
+    /// Whether parts of the report are left out, because the list would be too large.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shortened: bool,
 }
 
 /// Asks which workers have a file of one of some models.

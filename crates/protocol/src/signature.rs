@@ -62,6 +62,10 @@ impl Signed {
     pub fn verify(&self, kind: &str) -> Result<(), BadSignature> {
         let key = VerifyingKey::from_bytes(&self.key.0).map_err(|_| BadSignature)?;
         let mut signature = [0; 64];
+        // A signature has one spelling, so that texts can be compared.
+        if self.signature.bytes().any(|byte| byte.is_ascii_uppercase()) {
+            return Err(BadSignature);
+        }
         hex::decode_to_slice(&self.signature, &mut signature).map_err(|_| BadSignature)?;
         key.verify_strict(&signed_bytes(kind, self.body.as_bytes()), &Signature::from_bytes(&signature))
             .map_err(|_| BadSignature)
@@ -99,6 +103,12 @@ mod tests {
         assert_eq!(Signed { body: "{\"seq\":2}".into(), ..signed() }.verify("health-report"), Err(BadSignature));
         let other = NodeKey::from_seed(&[8; 32]).public_key();
         assert_eq!(Signed { key: other, ..signed() }.verify("health-report"), Err(BadSignature));
+    }
+
+    #[test]
+    fn a_signature_has_one_spelling() {
+        let upper = Signed { signature: signed().signature.to_uppercase(), ..signed() };
+        assert_eq!(upper.verify("health-report"), Err(BadSignature));
     }
 
     #[test]

@@ -7,8 +7,11 @@ use protocol::model::{
 };
 use protocol::{ModelName, UnixMillis};
 
-/// Offers are refused once this many models are listed, because any worker may make offers.
+/// Maximum number of offered models, and of models that operators added. Any worker may make offers, so these leave
+/// operators theirs.
 pub const OFFERED_MAX: usize = 1_000;
+/// Maximum number of models that one worker may have listed since the registry's start. It leaves other workers theirs.
+pub const OFFERED_PER_WORKER_MAX: usize = 250;
 
 /// Why an offered model is not listed.
 #[derive(Debug, thiserror::Error)]
@@ -26,8 +29,14 @@ pub enum OfferError {
     #[error("the model's file must have at least 1 byte")]
     Empty,
     /// Too many models are listed.
-    #[error("no more than {OFFERED_MAX} models are listed")]
+    #[error("no more than {OFFERED_MAX} models of workers are listed; an operator adds others by `tether model add`")]
     TooMany,
+    /// The worker had too many models listed.
+    #[error(
+        "no more than {OFFERED_PER_WORKER_MAX} models of one worker are listed; an operator adds others by \
+         `tether model add`"
+    )]
+    TooManyOfWorker,
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -54,8 +63,14 @@ pub async fn register(store: &dyn RegistryStore, models: Vec<ModelEntry>) -> Res
     Ok(())
 }
 
-/// Lists a model that a worker serves, unless it is listed already.
-pub async fn offer(store: &dyn RegistryStore, offer: ModelOffer, now: UnixMillis) -> Result<(), OfferError> {
+/// Lists a model that a worker serves, unless it is listed already. Counts it in `of_worker`, the number of models that
+/// the worker had listed.
+pub async fn offer(
+    store: &dyn RegistryStore,
+    offer: ModelOffer,
+    of_worker: &mut usize,
+    now: UnixMillis,
+) -> Result<(), OfferError> {
     let ModelOffer { key, source, context_length, facts } = offer;
     let facts = facts.map(ModelFacts::bounded);
     let (digest, bytes, description) = match source {
@@ -88,11 +103,16 @@ pub async fn offer(store: &dyn RegistryStore, offer: ModelOffer, now: UnixMillis
     if store.aliases().await?.iter().any(|entry| entry.alias == key.model_id && !entry.is_own_name()) {
         return Err(OfferError::IsAlias(key.model_id));
     }
-    if models.len() >= OFFERED_MAX {
+    if *of_worker >= OFFERED_PER_WORKER_MAX {
+        return Err(OfferError::TooManyOfWorker);
+    }
+    if models.iter().filter(|listed| !listed.added).count() >= OFFERED_MAX {
         return Err(OfferError::TooMany);
     }
     let (created_at, added, pin, keep_alive_secs) = (now, false, false, None);
     let entry =
         ModelEntry { key, digest, bytes, context_length, description, created_at, facts, added, pin, keep_alive_secs };
-    store.put_model(entry).await.map_err(OfferError::of)
+    store.put_model(entry).await.map_err(OfferError::of)?;
+    *of_worker += 1;
+    Ok(())
 }

@@ -181,7 +181,9 @@ pub fn free_key(
 
 fn room(catalog: &Catalog, key: ModelKey) -> Result<ModelKey, ModelError> {
     let is_known = catalog.models.iter().any(|entry| entry.key == key);
-    if is_known || catalog.models.len() < OFFERED_MAX { Ok(key) } else { Err(ModelError::TooMany(OFFERED_MAX)) }
+    // Offers of workers take no space from operators.
+    let added = catalog.models.iter().filter(|entry| entry.added).count();
+    if is_known || added < OFFERED_MAX { Ok(key) } else { Err(ModelError::TooMany(OFFERED_MAX)) }
 }
 
 fn next_of(version: ModelVersion) -> ModelVersion {

@@ -1,6 +1,7 @@
 //! The registry service: responds to gateways and orchestrators about tokens, models and policies, and to all nodes
 //! about the pool's membership.
 
+use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +23,7 @@ use protocol::control::{
 use protocol::membership::Certificate;
 use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelOffer};
 use protocol::policy::TenantPolicy;
-use protocol::{Clock, ErrorCode, Region, Topic, WireError};
+use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
 use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{Access, ArtifactServer, Caller, Membership, Server, StreamCall, Transport, announce};
 use tokio::time;
@@ -66,6 +67,8 @@ pub struct Registry {
     operator_checks: SecretChecks,
     membership: Membership,
     artifacts: Option<ArtifactServer>,
+    /// The number of models that each worker had listed since the start. Offers are taken one after the other.
+    offered: tokio::sync::Mutex<HashMap<PublicKey, usize>>,
 }
 
 impl Registry {
@@ -80,7 +83,8 @@ impl Registry {
             .expect("what the authority has just signed is good");
         let artifacts = parts.artifacts.clone().map(|store| ArtifactServer::new(store, membership.clone()));
         let operator_checks = SecretChecks::new();
-        let registry = Arc::new(Self { parts, tokens, operator_checks, membership, artifacts });
+        let offered = tokio::sync::Mutex::default();
+        let registry = Arc::new(Self { parts, tokens, operator_checks, membership, artifacts, offered });
         registry.take_revocations().await?;
         let server = registry.serve(registry.server());
         let announced = announce::keep_announced(&*transport, &topic, &stop);
@@ -297,7 +301,9 @@ impl Registry {
             let message = format!("this node's certificate does not allow {}", offer.key.model_id);
             return Err(WireError::new(ErrorCode::ModelNotAllowed, message));
         }
-        match catalog::offer(&*self.parts.store, offer, self.parts.clock.now()).await {
+        let mut offered = self.offered.lock().await;
+        let of_worker = offered.entry(worker).or_default();
+        match catalog::offer(&*self.parts.store, offer, of_worker, self.parts.clock.now()).await {
             Ok(()) => Ok(Empty {}),
             Err(OfferError::Store(error)) => Err(unavailable(&error)),
             Err(error) => Err(WireError::new(ErrorCode::InvalidValue, error.to_string())),

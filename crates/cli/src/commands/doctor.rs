@@ -234,7 +234,7 @@ mod tests {
                 {"modelId":"good","version":"1.0","digest":"KEY","state":"ready"},
                 {"modelId":"bad","version":"1.0","digest":"KEY","state":"error","reason":"it is\u001b[2Jcut"}]}"#;
         let report = serde_json::from_str(&text.replace("KEY", &"ab".repeat(32))).expect("a report");
-        let fleet = Fleet { workers: vec![FleetWorker { report, age_ms: 0, reserved: 0 }] };
+        let fleet = Fleet { workers: vec![FleetWorker { report, age_ms: 0, reserved: 0, shortened: false }] };
         let check = models(Ok(()), &fleet);
         assert_eq!(check.detail, "1 model is ready; bad@1.0 on abababab is in error: it is\\u{1b}[2Jcut");
         assert!(check.well && check.doubtful);

@@ -105,7 +105,7 @@ fn worker(model: &ModelEntry, idle: &ModelEntry) -> FleetWorker {
         issued_at: UnixMillis(0),
         not_after: UnixMillis(0),
     };
-    FleetWorker { report, age_ms: 0, reserved: 0 }
+    FleetWorker { report, age_ms: 0, reserved: 0, shortened: false }
 }
 
 impl Fake {

@@ -122,8 +122,9 @@ impl Scene {
         let artifacts = None;
         let parts = RegistryParts { transport, region, clock, store, artifacts, pepper, authority, version };
         let operator_checks = SecretChecks::new();
+        let offered = tokio::sync::Mutex::default();
         let registry =
-            Arc::new(Registry { parts, tokens: tokens.clone(), operator_checks, membership, artifacts: None });
+            Arc::new(Registry { parts, tokens: tokens.clone(), operator_checks, membership, artifacts: None, offered });
         let tasks = TaskTracker::new();
         let server = registry.serve(registry.server());
         tasks.spawn(server.run(CancellationToken::new(), DRAIN));

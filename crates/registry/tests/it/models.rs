@@ -6,11 +6,12 @@ use protocol::control::{
     ALIAS_REMOVE, ALIAS_SET, AliasRemove, AliasRemoved, AliasSet, ByOperator, Catalog, MODEL_ADD, MODEL_REMOVE,
     ModelAdd, ModelRemove, ModelRemoved, OPERATOR_CATALOG_LIST, OperatorRequest, Scope, TokenCreate,
 };
-use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry};
+use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey, ModelOffer, OfferedSource};
 use protocol::{Digest, ErrorCode, UnixMillis};
 use rpc::CallError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tether_registry::catalog;
 
 use crate::{TestRegistry, new_token, test};
 
@@ -53,6 +54,19 @@ impl Scene {
         };
         let added = self.ask::<ModelEntry>(MODEL_ADD, new).await;
         added.map(|entry| entry.key.to_string()).map_err(|(_, message)| message)
+    }
+
+    /// Lists as many models as workers may offer.
+    async fn fill_with_offers(&self) {
+        for number in 0..catalog::OFFERED_MAX {
+            let key = ModelKey {
+                model_id: format!("m-{number}").parse().expect("a name"),
+                version: "1.0".parse().expect("a version"),
+            };
+            let source = OfferedSource::Server { served_as: "m".into() };
+            let offer = ModelOffer { key, source, context_length: 512, facts: None };
+            catalog::offer(&*self.test.store, offer, &mut 0, UnixMillis(1)).await.expect("listed");
+        }
     }
 
     /// Sets an alias for one target or for several, with blanks between them, and returns the first that it stands for.
@@ -236,4 +250,11 @@ async fn only_operators_change_the_catalogue() {
     ] {
         assert!(refused.is_some_and(|message| message.contains("may not operate")));
     }
+}
+
+#[tokio::test]
+async fn offers_of_workers_take_no_space_from_operators() {
+    let scene = Scene::new().await;
+    scene.fill_with_offers().await;
+    assert_eq!(scene.add("mine", None, b"weights").await.as_deref(), Ok("mine@1.0"));
 }

@@ -114,8 +114,21 @@ async fn offers_are_bounded_in_length_and_number() {
     }
     for number in 0..catalog::OFFERED_MAX {
         let offer = offer(&format!("m-{number}"), "m");
-        catalog::offer(&*test.store, offer, UnixMillis(1)).await.expect("there is room");
+        catalog::offer(&*test.store, offer, &mut 0, UnixMillis(1)).await.expect("there is room");
     }
     assert_eq!(outcome(&test, &worker, offer("one-more", "m")).await, Some(ErrorCode::InvalidValue));
     assert_eq!(outcome(&test, &worker, offer("m-0", "m")).await, None);
+}
+
+#[tokio::test]
+async fn one_worker_leaves_the_others_their_offers() {
+    let test = test().await;
+    let greedy = member(&test, 20, NodeRole::Worker, &[]).await;
+    for number in 0..catalog::OFFERED_PER_WORKER_MAX {
+        assert_eq!(outcome(&test, &greedy, offer(&format!("m-{number}"), "m")).await, None);
+    }
+    assert_eq!(outcome(&test, &greedy, offer("one-more", "m")).await, Some(ErrorCode::InvalidValue));
+    assert_eq!(outcome(&test, &greedy, offer("m-0", "m")).await, None, "known ones are no news");
+    let other = member(&test, 21, NodeRole::Worker, &[]).await;
+    assert_eq!(outcome(&test, &other, offer("one-more", "m")).await, None);
 }

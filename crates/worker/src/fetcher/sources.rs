@@ -17,6 +17,8 @@ const HOLDERS_WITHIN: Duration = Duration::from_secs(5);
 const REGISTRY_WITHIN: Duration = Duration::from_secs(2);
 /// Workers asked in one round.
 const WORKERS_MAX: usize = 8;
+/// Maximum number of avoided nodes. The one that is avoided longest gives way.
+const AVOIDED_MAX: usize = 1024;
 /// How long a node that sent wrong bytes is avoided.
 pub(crate) const AVOID_FOR: Duration = Duration::from_mins(10);
 
@@ -69,7 +71,7 @@ impl Sources {
 
     /// Avoids a node for a while.
     pub(crate) fn avoid(&self, peer: PublicKey) {
-        self.avoided().insert(peer, Instant::now() + AVOID_FOR);
+        avoid(&mut self.avoided(), peer, Instant::now());
     }
 
     /// Explains why there is no source to ask.
@@ -94,6 +96,18 @@ impl Sources {
     }
 }
 
+/// Adds a node to those that are avoided.
+fn avoid(avoided: &mut BTreeMap<PublicKey, Instant>, peer: PublicKey, now: Instant) {
+    avoided.retain(|_, until| *until > now);
+    if avoided.len() >= AVOIDED_MAX
+        && !avoided.contains_key(&peer)
+        && let Some(first) = avoided.iter().min_by_key(|(_, until)| **until).map(|(peer, _)| *peer)
+    {
+        avoided.remove(&first);
+    }
+    avoided.insert(peer, now + AVOID_FOR);
+}
+
 /// Returns the nodes to blame for wrong bytes. A registry is blamed only if it sent the whole file.
 pub(crate) fn blamed(contributors: &[Source], is_resumed: bool) -> Vec<PublicKey> {
     let is_alone = contributors.len() == 1 && !is_resumed;
@@ -103,6 +117,19 @@ pub(crate) fn blamed(contributors: &[Source], is_resumed: bool) -> Vec<PublicKey
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bounded_number_of_nodes_is_avoided() {
+        let (mut avoided, start) = (BTreeMap::new(), Instant::now());
+        let node = |number: u32| PublicKey([number.to_le_bytes(); 8].concat().try_into().expect("32 bytes"));
+        for number in 0..2 * AVOIDED_MAX as u32 {
+            avoid(&mut avoided, node(number), start + Duration::from_millis(number.into()));
+        }
+        assert_eq!(avoided.len(), AVOIDED_MAX);
+        assert!(!avoided.contains_key(&node(0)) && avoided.contains_key(&node(2 * AVOIDED_MAX as u32 - 1)));
+        avoid(&mut avoided, node(0), start + 2 * AVOID_FOR);
+        assert_eq!(avoided.len(), 1, "the others' time is over");
+    }
 
     #[test]
     fn a_registry_is_blamed_for_what_it_sent_alone_and_a_worker_for_all_it_had_a_part_in() {

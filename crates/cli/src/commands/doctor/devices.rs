@@ -117,7 +117,7 @@ mod tests {
                 {"modelId":"mine","version":"1.0","digest":"KEY","state":"ready","placement":
                     {"device":"NVIDIA H200 (CUDA0)","layers":31,"gpuLayers":9,"contextLength":2048,"contextWanted":8192}}]}"#;
         let report = serde_json::from_str(&text.replace("KEY", &"ab".repeat(32))).expect("a report");
-        let fleet = Fleet { workers: vec![FleetWorker { report, age_ms: 0, reserved: 0 }] };
+        let fleet = Fleet { workers: vec![FleetWorker { report, age_ms: 0, reserved: 0, shortened: false }] };
         let line = "mine@1.0 on abababab: 9 of 31 layers on NVIDIA H200 (CUDA0), 2048 tokens of context (8192 do not fit \
                     into memory)";
         assert_eq!(lines(&device_placements(&fleet)), [(true, line)]);
