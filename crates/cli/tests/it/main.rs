@@ -2,6 +2,8 @@
 
 mod added_models;
 mod adoption;
+#[cfg(feature = "llama")]
+mod canary;
 mod certificates;
 #[cfg(target_os = "linux")]
 mod chats;

@@ -88,6 +88,14 @@ impl Home {
         self.until_ready(command, 1)
     }
 
+    /// Starts the network with its log in a file.
+    pub(crate) fn up_logging_to(&self, log: &Path, settings: &[(&str, &str)]) -> Up {
+        let mut command = self.command(&["up", "--bind", "127.0.0.1:0"]);
+        command.envs(settings.iter().copied()).stdout(Stdio::null());
+        command.stderr(std::fs::File::create(log).expect("a log"));
+        self.until_ready(command, 1)
+    }
+
     fn until_ready(&self, mut command: Command, workers: usize) -> Up {
         let child = command.spawn().expect("the program starts");
         let mut up = Up { child, url: String::new(), key: String::new() };
