@@ -52,8 +52,8 @@ const PACE: Duration = Duration::from_millis(2);
 const HOPS: [&str; 3] = ["gateway", "orchestrator", "worker"];
 const FLEET: u32 = 1000;
 const READY: Duration = Duration::from_mins(1);
-const SETTINGS: &str = "[gateway]\nbind = \"127.0.0.1:0\"\n[gateway.rate_limit]\nrequests_per_minute = 0\n\
-                        [worker]\nslots = 128\n";
+const SETTINGS: &str = "[gateway]\nbind = \"127.0.0.1:0\"\nconnections_per_address_max = 0\n\
+                        [gateway.rate_limit]\nrequests_per_minute = 0\n[worker]\nslots = 128\n";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

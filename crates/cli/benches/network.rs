@@ -54,6 +54,8 @@ fn serve_network(folder: &Path, pace_us: u64) {
         settings.gateway.bind.set_port(0);
         settings.gateway.rate_limit.requests_per_minute = 0;
         settings.worker.slots = 128;
+        // All clients of the benchmark have one address.
+        settings.gateway.connections_per_address_max = 0;
         let make = || -> anyhow::Result<Arc<dyn ModelRuntime>> {
             Ok(Arc::new(MockRuntime::new(mock(Duration::from_micros(pace_us)))))
         };
