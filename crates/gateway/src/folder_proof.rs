@@ -1,7 +1,7 @@
 //! Proves to the commands of a data folder that a gateway runs on it, before they show it the folder's API key.
 //!
-//! The command sends a nonce, and the gateway answers with an HMAC under a secret that is in the folder. The HMAC covers
-//! the address at which the connection arrived, so that another listener cannot have it from the true gateway.
+//! The command sends a nonce, and the gateway answers with an HMAC under a secret that is in the folder. The HMAC
+//! covers the address at which the connection arrived, so that another listener cannot have it from the true gateway.
 
 use std::fmt;
 use std::net::SocketAddr;

@@ -67,8 +67,8 @@ pub(super) async fn alias() -> Response<Body> {
 
 /// Proves that the gateway runs on a data folder.
 ///
-/// The commands of a machine ask this before they show the gateway the API key of their data folder. The proof is an HMAC
-/// of the nonce and the gateway's address under a secret in the folder.
+/// The commands of a machine ask this before they show the gateway the API key of their data folder. The proof is an
+/// HMAC of the nonce and the gateway's address under a secret in the folder.
 #[utoipa::path(
     get, path = "/healthz/folder/{nonce}", tag = "operations", operation_id = "proveFolder",
     params(("nonce" = String, Path, description = "A random number, as 64 hexadecimal digits")),
