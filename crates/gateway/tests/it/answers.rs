@@ -234,15 +234,16 @@ async fn a_slow_reader_holds_the_worker_back_and_not_our_memory() {
 #[tokio::test(flavor = "multi_thread")]
 async fn stopping_lets_answers_end_and_takes_no_new_ones() {
     let network = Network::start_with(tether_gateway::Config { drain_secs: 5, ..config() }).await;
-    let slow = network.post("/v1/chat/completions", &chat_body("wait 500"));
-    let address = network.address;
+    let slow = network.post("/v1/chat/completions", &chat_body("held"));
     let stop = async {
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        network.fake.arrived.notified().await;
         network.stop.cancel();
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        tokio::net::TcpStream::connect(address).await.expect_err("the address is closed")
+        while tokio::net::TcpStream::connect(network.address).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+        network.fake.release.notify_one();
     };
-    let (answer, _) = tokio::join!(slow.send(), stop);
+    let (answer, ()) = tokio::join!(slow.send(), stop);
     // The fakes stop too, so only the gateway's own part is certain: it answered, and did not cut the connection.
     assert!(answer.is_ok());
     network.end().await;

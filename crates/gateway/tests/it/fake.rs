@@ -41,8 +41,12 @@ pub(crate) struct Fake {
     pub(crate) jobs: Arc<Mutex<Vec<InferRequest>>>,
     /// How often the registry was asked about a token.
     pub(crate) token_checks: Arc<AtomicUsize>,
+    /// Told each time a job comes.
+    pub(crate) arrived: Arc<Notify>,
     /// Told each time a job is cancelled.
     pub(crate) cancelled: Arc<Notify>,
+    /// Lets a job go on whose prompt is "held".
+    pub(crate) release: Arc<Notify>,
 }
 
 /// Returns a well-formed token; 1 to 4 are known to the registry.
@@ -135,7 +139,9 @@ impl Fake {
             aliases: Arc::default(),
             jobs: Arc::default(),
             token_checks: Arc::default(),
+            arrived: Arc::default(),
             cancelled: Arc::default(),
+            release: Arc::default(),
         };
         fake.serve(1, NodeRole::Registry, &admit, tasks, stop).await;
         fake.serve(2, NodeRole::Orchestrator, &admit, tasks, stop).await;
@@ -235,6 +241,7 @@ impl Fake {
     async fn submit(&self, mut call: StreamCall) {
         let request: InferRequest = codec::decode(&call.body).expect("the gateway sends well-formed jobs");
         self.jobs.lock().push(request.clone());
+        self.arrived.notify_one();
         let messages = request.input.messages.as_ref().and_then(|messages| messages.last());
         let text = request.input.embed.as_ref().and_then(|texts| match &texts[0] {
             EmbedInput::Text(text) => Some(text.clone()),
@@ -254,6 +261,9 @@ impl Fake {
         }
         if let Some(millis) = prompt.strip_prefix("wait ") {
             tokio::time::sleep(Duration::from_millis(millis.parse().expect("a number"))).await;
+        }
+        if prompt == "held" {
+            self.release.notified().await;
         }
         // Waits for a place that never comes, until the caller goes.
         if prompt == "queued" {
