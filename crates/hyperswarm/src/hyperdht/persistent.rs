@@ -187,7 +187,7 @@ impl Store {
             relay_addresses: peer.relay_addresses.iter().copied().take(RELAYS_KEPT).collect(),
         };
         let renewal = Renewal { target: *target, public_key: kept.public_key, record: kept.encode().into() };
-        self.keep(&renewal, question.from, router, now)?;
+        self.keep(&renewal, question.from, router, now);
         if let Some(refresh) = announcement.refresh {
             self.renewals.insert(refresh, renewal, now);
         }
@@ -198,21 +198,21 @@ impl Store {
     fn renew(&mut self, link: &[u8; 32], from: SocketAddrV4, router: &mut Router, now: Instant) -> Option<()> {
         let last = hash(&[link]);
         let renewal = self.renewals.get(&last, now)?.clone();
-        self.keep(&renewal, from, router, now)?;
+        self.keep(&renewal, from, router, now);
         self.renewals.remove(&last);
         self.renewals.insert(*link, renewal, now);
         Some(())
     }
 
-    fn keep(&mut self, renewal: &Renewal, from: SocketAddrV4, router: &mut Router, now: Instant) -> Option<()> {
+    fn keep(&mut self, renewal: &Renewal, from: SocketAddrV4, router: &mut Router, now: Instant) {
         let Renewal { target, public_key, record } = renewal;
         // A peer that announces itself under its own key is reached through this node from now on.
         if hash(&[public_key.as_bytes()]) == *target {
             self.topics.remove(target, public_key);
-            return router.learn(*target, from, record.clone(), now).then_some(());
+            router.learn(*target, from, record.clone(), now);
+            return;
         }
         self.topics.insert(*target, *public_key, record.clone(), *from.ip(), now);
-        Some(())
     }
 
     fn on_unannounce(&mut self, question: Question<'_>, router: &mut Router) -> Option<()> {

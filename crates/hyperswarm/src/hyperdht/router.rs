@@ -156,10 +156,8 @@ impl Router {
 
     /// Remembers that a server can be reached at `relay`, the address from which it announced itself with a valid
     /// signature.
-    ///
-    /// Returns `false` if the table is full.
-    pub fn learn(&mut self, target: Target, relay: SocketAddrV4, record: Bytes, now: Instant) -> bool {
-        self.routes.insert(target, relay, record, now)
+    pub fn learn(&mut self, target: Target, relay: SocketAddrV4, record: Bytes, now: Instant) {
+        self.routes.insert(target, relay, record, now);
     }
 
     /// Forgets the route to a server that unannounced itself.
