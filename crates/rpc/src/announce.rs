@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt as _, stream};
+use parking_lot::Mutex;
 use protocol::control::{Empty, NODE_DESCRIBE, NodeInfo, NodeRole};
 use protocol::{PublicKey, Region, Topic};
 use tokio::sync::watch;
@@ -13,10 +14,13 @@ use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use self::candidates::Candidates;
 use crate::backoff::{self, Backoff};
 use crate::client::Client;
 use crate::membership::Membership;
 use crate::transport::Transport;
+
+mod candidates;
 
 /// The maximum interval of lookups once a peer is known. It is slightly shorter, depending on the node's key.
 const REFRESH: Duration = Duration::from_secs(2);
@@ -29,9 +33,9 @@ const LOOKUP: Duration = Duration::from_secs(5);
 /// The timeout of a peer's `node.describe`.
 const DESCRIBE: Duration = Duration::from_secs(2);
 /// How many peers are asked concurrently.
-const REQUESTS_AT_ONCE: usize = 32;
+const REQUESTS_AT_ONCE: usize = 128;
 /// How many new peers are asked in one round. Anyone may announce on a topic.
-const NEW_PEERS_MAX: usize = 64;
+const NEW_PEERS_MAX: usize = 256;
 /// How many peers the directory holds.
 const KNOWN_MAX: usize = 256;
 
@@ -81,6 +85,7 @@ pub struct DirectoryTask {
     peers: watch::Sender<Arc<BTreeMap<PublicKey, NodeInfo>>>,
     /// The number of nodes that the last lookup found but that did not respond.
     unreachable: Arc<AtomicUsize>,
+    candidates: Mutex<Candidates>,
 }
 
 impl Directory {
@@ -89,7 +94,9 @@ impl Directory {
         let (sender, peers) = watch::channel(Arc::default());
         let membership = client.membership().clone();
         let unreachable = Arc::new(AtomicUsize::new(0));
-        let task = DirectoryTask { transport, client, topic, peers: sender, unreachable: unreachable.clone() };
+        let candidates = Mutex::new(Candidates::new(transport.public_key()));
+        let task =
+            DirectoryTask { transport, client, topic, peers: sender, unreachable: unreachable.clone(), candidates };
         (Self { membership, peers, unreachable }, task)
     }
 
@@ -177,11 +184,18 @@ impl DirectoryTask {
         let mut peers: Vec<PublicKey> = self.peers.borrow().keys().copied().collect();
         let mut seen: BTreeSet<PublicKey> = peers.iter().copied().chain([own_key]).collect();
         let announced: BTreeSet<PublicKey> = found.iter().copied().collect();
-        let others = self.client.membership().registry().into_iter().chain(found);
-        peers.extend(others.filter(|key| seen.insert(*key)).take(NEW_PEERS_MAX));
+        peers.extend(self.client.membership().registry().filter(|key| seen.insert(*key)));
+        let known = peers.len();
+        let new = found.into_iter().filter(|key| seen.insert(*key));
+        peers.extend(self.candidates.lock().choose(new, NEW_PEERS_MAX, Instant::now()));
+        let new: BTreeSet<PublicKey> = peers[known..].iter().copied().collect();
         let mut silent: BTreeSet<PublicKey> = peers.iter().copied().collect();
         let mut responses = std::pin::pin!(self.ask(peers));
         while let Some((key, info)) = responses.next().await {
+            self.candidates.lock().note(key, info.is_some(), Instant::now());
+            if info.is_none() && new.contains(&key) {
+                self.part(key);
+            }
             // Added at once, without waiting for the peers that are gone.
             if let Some(info) = info {
                 silent.remove(&key);
@@ -196,6 +210,13 @@ impl DirectoryTask {
             }
             is_lost
         })
+    }
+
+    /// Closes the connection to a node that is no member.
+    fn part(&self, key: PublicKey) {
+        if !self.client.membership().is_member(key) {
+            self.client.disconnect(key);
+        }
     }
 
     fn learn(&self, key: PublicKey, info: NodeInfo) {

@@ -4,6 +4,7 @@
 //! Each stream is a Protomux channel of the protocol `tether/stream/1`, with an id that its opener draws at random.
 
 mod hints;
+mod turns;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -31,6 +32,7 @@ use tokio::time;
 use tracing::debug;
 
 use self::hints::Hints;
+use self::turns::in_turns;
 use super::{Channel, Connection, Incoming, Reply, RequestError, Transport, TransportError};
 use crate::identity;
 
@@ -296,7 +298,7 @@ impl Transport for HyperswarmTransport {
             }
         };
         let _ = time::timeout(LOOKUP, all).await;
-        let keys = found.keys().copied().collect();
+        let keys = in_turns(&found, &crypto::random());
         self.hints.learn(found);
         Ok(keys)
     }

@@ -3,6 +3,7 @@
 mod artifacts;
 mod calls;
 mod connections;
+mod crowds;
 mod hyperswarm;
 mod limits;
 mod membership;

@@ -37,16 +37,16 @@ impl Clock for PausedClock {
 pub(crate) struct Pool {
     root: NodeKey,
     clock: Arc<dyn Clock>,
-    network: MemoryNetwork,
-    tasks: TaskTracker,
-    stop: CancellationToken,
+    pub(crate) network: MemoryNetwork,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) stop: CancellationToken,
     serial: Mutex<u64>,
 }
 
 /// A node of it.
 pub(crate) struct Node {
     pub(crate) key: PublicKey,
-    transport: Arc<dyn Transport>,
+    pub(crate) transport: Arc<dyn Transport>,
     pub(crate) membership: Membership,
     pub(crate) client: Client,
 }
