@@ -36,7 +36,7 @@ use submission::{Read, Submission, Words, parse_submission};
 const CALLS_BESIDES: usize = 1024;
 /// Maximum bytes of request bodies in memory. It applies to callers that count as strangers: all of them, as long as
 /// `body_bytes_max` is below the limit of members.
-const REQUEST_BYTES: usize = 256 * 1024 * 1024;
+const REQUEST_BYTES: usize = 64 * 1024 * 1024;
 /// How many clients it takes to use up the concurrent calls.
 const CLIENTS_AT_LEAST: usize = 16;
 

@@ -166,6 +166,13 @@ impl Protomux {
         &self.handle.shared.stream
     }
 
+    /// Changes [`Options::pending_bytes_max`].
+    pub fn set_pending_bytes_max(&self, bytes: usize) {
+        let shared = &self.handle.shared;
+        shared.state().set_pending_bytes_max(bytes);
+        shared.wake.notify_one();
+    }
+
     /// Opens a channel. An empty id means no id. Messages may be sent at once, but the peer may still reject the
     /// channel.
     pub fn open(&self, protocol: &str, id: &[u8], options: ChannelOptions) -> Result<Channel, OpenError> {

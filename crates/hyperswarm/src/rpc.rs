@@ -114,6 +114,11 @@ impl Rpc {
         self.shared.send_request(EVENT, method, value)
     }
 
+    /// Changes [`Options::received_bytes_max`].
+    pub fn set_received_bytes_max(&self, bytes: usize) {
+        self.shared.calls.set_bytes_max(bytes);
+    }
+
     /// Waits until the peer has opened its side, which confirms that it knows this server.
     pub async fn opened(&self) -> Result<(), Closed> {
         self.shared.outlet.opened().await.map(drop)

@@ -6,19 +6,24 @@
 
 mod cipher;
 mod frames;
+mod message_budget;
 mod wire;
 
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::Notify;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use self::frames::{DecryptError, FIRST_FRAME_BYTES, MESSAGE_BYTES_MAX, Opener, Sealer, TooLong};
+pub use self::message_budget::MessageBudget;
+use self::message_budget::{Account, FREE_BYTES, Held};
 use self::wire::Wire;
 use crate::crypto::noise::Session;
 use crate::crypto::{PublicKey, random};
@@ -27,17 +32,32 @@ use crate::udx;
 #[cfg(test)]
 pub(crate) use self::wire::pair as memory_pair;
 
+/// How long a message above the limit waits for the limit to be raised, before the stream is destroyed.
+const RAISED_WITHIN: Duration = Duration::from_secs(5);
+
 /// Options of a [`SecretStream`].
 #[derive(Debug, Clone)]
 pub struct Options {
     /// The silence after which an empty keep-alive message is sent. `None` disables keep-alives.
     pub keep_alive: Option<Duration>,
+    /// Limits that apply until [`SecretStream::lift_limits`].
+    pub limits: Option<Limits>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { keep_alive: Some(Duration::from_secs(5)) }
+        Self { keep_alive: Some(Duration::from_secs(5)), limits: None }
     }
+}
+
+/// Limits on what a peer may send that has not proven yet that it may use more memory.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// The maximum length of a message. A longer one waits a few seconds for [`SecretStream::allow_messages`] or
+    /// [`SecretStream::lift_limits`], because the proof may be the message before it. Then the stream is destroyed.
+    pub message_bytes_max: usize,
+    /// Limits the bytes of the messages of many streams together.
+    pub budget: Arc<MessageBudget>,
 }
 
 /// Why a message could not be sent.
@@ -65,6 +85,9 @@ pub enum ReceiveError {
     /// The other side ended the stream in the middle of a message.
     #[error("the stream ended inside a message")]
     CutOff,
+    /// The other side sent more than this side allows it. The stream was destroyed.
+    #[error("the peer sends more than it may")]
+    TooMuch,
     /// The underlying stream failed.
     #[error(transparent)]
     Stream(#[from] udx::StreamError),
@@ -82,6 +105,10 @@ struct Shared {
     session: Session,
     sealing: Mutex<Sealing>,
     opening: tokio::sync::Mutex<Opening>,
+    message_bytes_max: AtomicUsize,
+    /// What this stream holds of the budget that limits it, until the limits are lifted.
+    account: Mutex<Option<Arc<Account>>>,
+    limits_raised: Notify,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -95,6 +122,10 @@ struct Sealing {
 struct Opening {
     opener: Opener,
     failed: Option<DecryptError>,
+    /// The buffered bytes that count towards the budget.
+    held: Option<Held>,
+    /// Until when a message that is too long waits for a higher limit.
+    raised_until: Option<Instant>,
 }
 
 impl SecretStream {
@@ -104,16 +135,21 @@ impl SecretStream {
     }
 
     fn over(wire: Wire, session: Session, options: &Options) -> Self {
-        let (sealer, first_frame) = Sealer::new(&session, random());
+        let (mut sealer, first_frame) = Sealer::new(&session, random());
+        sealer.set_small(options.limits.is_some());
         // If the stream is closed already, the first use reports it.
         let _ = wire.write(Bytes::copy_from_slice(&first_frame));
         let sealing = Sealing { sealer, frames: BytesMut::new(), last_sent: Instant::now() };
-        let opening = Opening { opener: Opener::new(&session), failed: None };
-        let shared = Arc::new(Shared {
+        let opening = Opening { opener: Opener::new(&session), failed: None, held: None, raised_until: None };
+        let limits = options.limits.as_ref();
+        let shared = Arc::new_cyclic(|shared: &Weak<Shared>| Shared {
             wire,
             session,
             sealing: Mutex::new(sealing),
             opening: tokio::sync::Mutex::new(opening),
+            message_bytes_max: AtomicUsize::new(limits.map_or(MESSAGE_BYTES_MAX, |limits| limits.message_bytes_max)),
+            account: Mutex::new(limits.map(|limits| account(limits, shared.clone()))),
+            limits_raised: Notify::new(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
@@ -169,9 +205,13 @@ impl SecretStream {
             if let Some(message) = self.shared.open(&mut opening)? {
                 return Ok(Some(message));
             }
+            if opening.opener.is_next_too_long() {
+                self.shared.wait_for_higher_limit(&mut opening).await?;
+                continue;
+            }
             // There is no await between the read and the feed, so a dropped future loses no bytes.
             match self.shared.wire.read().await? {
-                Some(bytes) => opening.opener.feed(&bytes),
+                Some(bytes) => self.shared.feed(&mut opening, &bytes)?,
                 None if opening.opener.is_between_messages() => return Ok(None),
                 None => return Err(ReceiveError::CutOff),
             }
@@ -188,6 +228,25 @@ impl SecretStream {
             }
         }
         Ok(())
+    }
+
+    /// Sets how long a message of the other side may be while limits apply.
+    pub fn allow_messages(&self, bytes_max: usize) {
+        self.shared.message_bytes_max.store(bytes_max.min(MESSAGE_BYTES_MAX), Ordering::Relaxed);
+        self.shared.limits_raised.notify_one();
+    }
+
+    /// Lifts the limits of this stream and of the stream below it, because the other side has proven who it is.
+    pub fn lift_limits(&self) {
+        let account = self.shared.account.lock().take();
+        if let Some(account) = account {
+            account.lift();
+        }
+        self.shared.sealing().sealer.set_small(false);
+        self.allow_messages(MESSAGE_BYTES_MAX);
+        if let Some(stream) = self.stream() {
+            stream.lift_limits();
+        }
     }
 
     /// Returns the next message if it has arrived already.
@@ -255,11 +314,56 @@ impl Shared {
         if let Some(error) = opening.failed {
             return Err(error);
         }
-        opening.opener.pop().inspect_err(|error| {
+        opening.opener.set_message_bytes_max(self.message_bytes_max.load(Ordering::Relaxed));
+        let message = opening.opener.pop().inspect_err(|error| {
             opening.failed = Some(*error);
             self.wire.destroy();
-        })
+        })?;
+        Ok(message.map(|message| match &mut opening.held {
+            Some(held) if message.len() > FREE_BYTES => held.give_to(message),
+            _ => message,
+        }))
     }
+
+    /// Adds received bytes, unless the budget does not allow them.
+    fn feed(&self, opening: &mut Opening, bytes: &[u8]) -> Result<(), ReceiveError> {
+        let account = self.account.lock().clone();
+        opening.opener.set_small(account.is_some());
+        opening.opener.feed(bytes);
+        let Some(account) = account else {
+            opening.held = None;
+            return Ok(());
+        };
+        let counted = opening.opener.buffered_bytes().saturating_sub(FREE_BYTES);
+        if opening.held.get_or_insert_with(|| Held::none(&account)).set(counted) {
+            return Ok(());
+        }
+        self.wire.destroy();
+        Err(ReceiveError::TooMuch)
+    }
+
+    /// Waits until the next message, which is too long, may be longer. Cancel safe.
+    async fn wait_for_higher_limit(&self, opening: &mut Opening) -> Result<(), ReceiveError> {
+        let until = *opening.raised_until.get_or_insert_with(|| Instant::now() + RAISED_WITHIN);
+        tokio::select! {
+            () = self.limits_raised.notified() => {
+                opening.raised_until = None;
+                return Ok(());
+            }
+            () = self.wire.closed() => return Err(ReceiveError::CutOff),
+            () = time::sleep_until(until) => {}
+        }
+        self.wire.destroy();
+        Err(ReceiveError::TooMuch)
+    }
+}
+
+fn account(limits: &Limits, stream: Weak<Shared>) -> Arc<Account> {
+    Account::new(limits.budget.clone(), move || {
+        if let Some(stream) = stream.upgrade() {
+            stream.wire.destroy();
+        }
+    })
 }
 
 impl Drop for Shared {

@@ -4,6 +4,7 @@
 //! reads from and writes to. A state machine without sockets or clocks (`connection`) decides what a stream does;
 //! `driver` feeds it.
 
+mod budget;
 mod congestion;
 mod connection;
 mod driver;
@@ -32,6 +33,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
+pub use budget::Budget;
 pub use socket::{Datagram, Socket};
 pub use stream::Stream;
 
@@ -50,11 +52,24 @@ pub struct StreamOptions {
     pub keep_alive: Option<Duration>,
     /// Filters packets that arrive at another socket than the stream's. Without it, all are accepted.
     pub firewall: Option<PacketFilter>,
+    /// Limits that apply until [`Stream::lift_limits`].
+    pub limits: Option<Limits>,
+}
+
+/// Limits of a stream whose peer has not proven yet that it may use more memory.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Limits the bytes that wait for the readers of all streams together. Packets beyond it are dropped, as if they
+    /// were lost.
+    pub received: Arc<Budget>,
+    /// Limits the written bytes that the peers of all streams together have not acknowledged: beyond it,
+    /// [`Stream::room`] waits.
+    pub unacknowledged: Arc<Budget>,
 }
 
 impl Default for StreamOptions {
     fn default() -> Self {
-        Self { receive_window_bytes: 4 * 1024 * 1024, keep_alive: None, firewall: None }
+        Self { receive_window_bytes: 4 * 1024 * 1024, keep_alive: None, firewall: None, limits: None }
     }
 }
 

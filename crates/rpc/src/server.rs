@@ -92,7 +92,7 @@ impl Default for ServerLimits {
             strangers_calls_max: 2048,
             strangers_calls_per_peer_max: 128,
             body_bytes_max: 256 * 1024 * 1024,
-            strangers_body_bytes_max: 64 * 1024 * 1024,
+            strangers_body_bytes_max: 8 * 1024 * 1024,
             connections_max: 16_384,
             strangers_connections_max: 8192,
             connections_per_peer_max: 8,
@@ -352,6 +352,14 @@ impl Shared {
             return self.turn_away(&*connection, Exclusion::Revoked.into(), self.server.on_revoked_call.as_ref()).await;
         }
         let mut revoked = std::pin::pin!(membership.until_revoked(caller.key));
+        connection.allow_requests(self.budget.request_bytes_max(caller.key));
+        let trust = || {
+            if membership.is_member(caller.key) {
+                permit.count_as_member();
+                connection.trust();
+            }
+        };
+        trust();
         // A connection that has begun as a stranger's is looked at again after the stranger's time.
         let idle = || if permit.is_strangers() { self.server.limits.strangers_idle } else { self.server.limits.idle };
         let mut given_away = std::pin::pin!(permit.given_away());
@@ -393,9 +401,7 @@ impl Shared {
                 // Handled here and not in a task, so that the calls that follow find the caller introduced.
                 Incoming::Request { method, body, reply } if method == NODE_HELLO => {
                     let hello = self.take_hello(caller, &body);
-                    if membership.is_member(caller.key) {
-                        permit.count_as_member();
-                    }
+                    trust();
                     hellos_left -= u32::from(hello.is_err());
                     reply.send(hello);
                     if hellos_left == 0 {

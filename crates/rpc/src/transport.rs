@@ -57,6 +57,14 @@ pub trait Connection: Send + Sync + 'static {
     /// transport may deliver none on a connection that this node opened. Only one task may read at a time.
     async fn next(&self) -> Option<Incoming>;
 
+    /// Sets how long a request of a peer may be that has not proven that it is a member. A transport without memory
+    /// limits need not do anything.
+    fn allow_requests(&self, _bytes_max: usize) {}
+
+    /// Lifts the limits for peers that have not proven that they are members. A transport without such limits need not
+    /// do anything.
+    fn trust(&self) {}
+
     /// Returns whether the connection is closed.
     fn is_closed(&self) -> bool;
 

@@ -51,6 +51,8 @@ pub struct ConnectOptions {
     pub timeout: Duration,
     /// Options of the encrypted stream.
     pub stream: secret_stream::Options,
+    /// Options of the stream below it.
+    pub udx: udx::StreamOptions,
 }
 
 impl Default for ConnectOptions {
@@ -59,6 +61,7 @@ impl Default for ConnectOptions {
             relay_addresses: Vec::new(),
             timeout: Duration::from_secs(15),
             stream: secret_stream::Options::default(),
+            udx: udx::StreamOptions::default(),
         }
     }
 }
@@ -125,7 +128,7 @@ pub(super) async fn connect(
 ) -> Result<SecretStream, ConnectError> {
     let deadline = Instant::now() + options.timeout;
     let mut step = Step::Finding;
-    let attempt = Attempt::new(shared, key_pair, remote)?.run(options, &mut step);
+    let attempt = Attempt::new(shared, key_pair, remote, options.udx.clone())?.run(options, &mut step);
     let connected = time::timeout_at(deadline, attempt).await;
     let result = connected.unwrap_or(Err(ConnectError::Timeout(step)));
     if let Err(error) = &result {
@@ -161,9 +164,14 @@ struct Answer {
 }
 
 impl<'a> Attempt<'a> {
-    fn new(shared: &'a Shared, key_pair: &KeyPair, remote: PublicKey) -> Result<Self, ConnectError> {
+    fn new(
+        shared: &'a Shared,
+        key_pair: &KeyPair,
+        remote: PublicKey,
+        udx: udx::StreamOptions,
+    ) -> Result<Self, ConnectError> {
         let target = hash(&[remote.as_bytes()]);
-        let stream = shared.udx.stream(udx::StreamOptions::default());
+        let stream = shared.udx.stream(udx);
         let own_address = shared.rpc.remote_address();
         let payload = NoisePayload {
             firewall: own_address.map_or(Firewall::Unknown, |_| Firewall::Open),

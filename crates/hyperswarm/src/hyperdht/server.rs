@@ -50,13 +50,20 @@ pub struct ServerOptions {
     pub firewall: Option<FirewallRule>,
     /// Options of the encrypted streams.
     pub stream: secret_stream::Options,
+    /// Options of the streams below them.
+    pub udx: udx::StreamOptions,
     /// How many connections may wait for [`Server::accept`]. Further ones are closed.
     pub backlog_max: usize,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { firewall: None, stream: secret_stream::Options::default(), backlog_max: 256 }
+        Self {
+            firewall: None,
+            stream: secret_stream::Options::default(),
+            udx: udx::StreamOptions::default(),
+            backlog_max: 256,
+        }
     }
 }
 
@@ -65,6 +72,7 @@ impl fmt::Debug for ServerOptions {
         formatter
             .debug_struct("ServerOptions")
             .field("stream", &self.stream)
+            .field("udx", &self.udx)
             .field("backlog_max", &self.backlog_max)
             .finish_non_exhaustive()
     }
@@ -256,7 +264,7 @@ impl ServerTask {
         };
         // The stream must exist before the response is sent, because the client's first packet may arrive before the
         // next step.
-        let stream = self.udx.stream(udx::StreamOptions::default());
+        let stream = self.udx.stream(self.options.udx.clone());
         let own_address = self.rpc.remote_address();
         let answer = NoisePayload {
             // A firewalled server does not punch holes yet, so it names no relays to agree through. The client then

@@ -159,6 +159,11 @@ impl<M: Member> State<M> {
         }
     }
 
+    /// Changes how many bytes pending channels may hold before nothing more is read.
+    pub(super) fn set_pending_bytes_max(&mut self, bytes: usize) {
+        self.pending_bytes_max = bytes;
+    }
+
     /// Opens a channel. If the peer has opened it already, the two are paired at once.
     pub(super) fn open(&mut self, key: Key, handshake: &[u8], member: M) -> Result<Announced, Refusal> {
         let key = Arc::new(key);

@@ -8,7 +8,7 @@ use crate::secret_stream::{self, SendError, memory_pair};
 const SOON: Duration = Duration::from_millis(10);
 
 fn streams() -> (SecretStream, SecretStream) {
-    memory_pair(&secret_stream::Options { keep_alive: None })
+    memory_pair(&secret_stream::Options { keep_alive: None, ..secret_stream::Options::default() })
 }
 
 fn muxes_with(options: Options) -> (Protomux, Protomux) {

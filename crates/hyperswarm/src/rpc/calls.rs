@@ -1,6 +1,7 @@
 //! The pending requests of a channel, in both directions.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -21,7 +22,7 @@ pub(super) struct Calls {
     sent: Mutex<Sent>,
     received: Mutex<Received>,
     requests_max: usize,
-    bytes_max: usize,
+    bytes_max: AtomicUsize,
     readable: Notify,
     writable: Notify,
 }
@@ -49,7 +50,7 @@ impl Calls {
             sent: Mutex::new(Sent { id: 0, waiting: HashMap::new(), is_shut: false }),
             received: Mutex::default(),
             requests_max: requests_max.max(1),
-            bytes_max,
+            bytes_max: bytes_max.into(),
             readable: Notify::new(),
             writable: Notify::new(),
         }
@@ -92,6 +93,15 @@ impl Calls {
         }
     }
 
+    /// Changes the maximum number of bytes of the peer's requests.
+    pub(super) fn set_bytes_max(&self, bytes_max: usize) {
+        let mut received = self.received();
+        self.bytes_max.store(bytes_max, Ordering::Relaxed);
+        if std::mem::take(&mut received.is_writer_waiting) {
+            self.writable.notify_one();
+        }
+    }
+
     /// Frees the capacity of a request that got its response.
     pub(super) fn settle(&self, bytes: usize) {
         let mut received = self.received();
@@ -129,7 +139,8 @@ impl Calls {
             return refuse(responder, &request);
         }
         let cost = cost(&request);
-        let is_full = received.requests >= self.requests_max || received.bytes + cost > self.bytes_max;
+        let is_full =
+            received.requests >= self.requests_max || received.bytes + cost > self.bytes_max.load(Ordering::Relaxed);
         // A single request is always accepted, however long.
         if is_full && received.requests > 0 {
             received.is_writer_waiting = true;

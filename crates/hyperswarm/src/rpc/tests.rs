@@ -11,7 +11,7 @@ const SERVER: [u8; 32] = [7; 32];
 const SOON: Duration = Duration::from_millis(10);
 
 fn streams() -> (SecretStream, SecretStream) {
-    memory_pair(&secret_stream::Options { keep_alive: None })
+    memory_pair(&secret_stream::Options { keep_alive: None, ..secret_stream::Options::default() })
 }
 
 fn pair_with(client: &Options, server: &Options) -> ((Rpc, Requests), (Rpc, Requests)) {

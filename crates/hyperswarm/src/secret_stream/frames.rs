@@ -18,6 +18,8 @@ const LENGTH_BYTES: usize = 3;
 const FIRST_BODY_BYTES: usize = 32 + HEADER_BYTES;
 /// How much memory is allocated at once. Small messages share it.
 const CHUNK_BYTES: usize = 16 * 1024;
+/// The same for streams with limits, of which there may be many.
+const SMALL_CHUNK_BYTES: usize = 2 * 1024;
 /// A message up to this size is copied to memory of its own, because a slice would keep its whole chunk from being
 /// freed.
 const COPIED_BYTES_MAX: usize = CHUNK_BYTES / 4;
@@ -47,6 +49,7 @@ pub enum DecryptError {
 /// Encodes the messages that this side sends as frames.
 pub struct Sealer {
     cipher: Cipher,
+    chunk_bytes: usize,
 }
 
 impl Sealer {
@@ -56,7 +59,12 @@ impl Sealer {
         frame[0] = FIRST_BODY_BYTES as u8;
         frame[LENGTH_BYTES..LENGTH_BYTES + 32].copy_from_slice(&stream_id(&session.hash, session.is_initiator));
         frame[LENGTH_BYTES + 32..].copy_from_slice(&header);
-        (Self { cipher: Cipher::new(&session.tx, &header) }, frame)
+        (Self { cipher: Cipher::new(&session.tx, &header), chunk_bytes: CHUNK_BYTES }, frame)
+    }
+
+    /// Sets whether to allocate little memory at once.
+    pub fn set_small(&mut self, is_small: bool) {
+        self.chunk_bytes = if is_small { SMALL_CHUNK_BYTES } else { CHUNK_BYTES };
     }
 
     /// Appends the frame of one message, which consists of `head` and then `parts`.
@@ -67,7 +75,7 @@ impl Sealer {
         }
         let frame_bytes = LENGTH_BYTES + length + OVERHEAD_BYTES;
         if frames.capacity() - frames.len() < frame_bytes {
-            frames.reserve(frame_bytes.max(CHUNK_BYTES));
+            frames.reserve(frame_bytes.max(self.chunk_bytes));
         }
         let start = frames.len();
         frames.write_raw(&((length + OVERHEAD_BYTES) as u32).to_le_bytes()[..LENGTH_BYTES]);
@@ -88,6 +96,8 @@ pub struct Opener {
     stream_id: [u8; 32],
     cipher: Option<Cipher>,
     received: BytesMut,
+    message_bytes_max: usize,
+    chunk_bytes: usize,
 }
 
 impl Opener {
@@ -98,7 +108,33 @@ impl Opener {
             stream_id: stream_id(&session.hash, !session.is_initiator),
             cipher: None,
             received: BytesMut::new(),
+            message_bytes_max: MESSAGE_BYTES_MAX,
+            chunk_bytes: CHUNK_BYTES,
         }
+    }
+
+    /// Limits the length of messages. A longer one is not returned until the limit is raised.
+    pub fn set_message_bytes_max(&mut self, bytes: usize) {
+        self.message_bytes_max = bytes.min(MESSAGE_BYTES_MAX);
+    }
+
+    /// Sets whether to allocate little memory at once.
+    pub fn set_small(&mut self, is_small: bool) {
+        self.chunk_bytes = if is_small { SMALL_CHUNK_BYTES } else { CHUNK_BYTES };
+    }
+
+    /// Returns whether the next message is longer than the limit.
+    pub fn is_next_too_long(&self) -> bool {
+        self.cipher.is_some() && self.frame_bytes().is_some_and(|frame_bytes| self.exceeds_limit(frame_bytes))
+    }
+
+    /// Returns how many bytes are buffered.
+    pub fn buffered_bytes(&self) -> usize {
+        self.received.len()
+    }
+
+    fn exceeds_limit(&self, frame_bytes: usize) -> bool {
+        frame_bytes > LENGTH_BYTES + self.message_bytes_max + OVERHEAD_BYTES
     }
 
     /// Adds the next bytes of the stream.
@@ -109,7 +145,7 @@ impl Opener {
             let needed = bytes.len().max(expected);
             // Memory that earlier messages have freed is often large enough.
             if !self.received.try_reclaim(needed) {
-                self.received.reserve(needed.max(CHUNK_BYTES));
+                self.received.reserve(needed.max(self.chunk_bytes));
             }
         }
         self.received.write_raw(bytes);
@@ -121,6 +157,7 @@ impl Opener {
     pub fn pop(&mut self) -> Result<Option<Bytes>, DecryptError> {
         while let Some(frame_bytes) = self.frame_bytes() {
             let body_bytes = frame_bytes - LENGTH_BYTES;
+            let exceeds_limit = self.exceeds_limit(frame_bytes);
             let Some(cipher) = &mut self.cipher else {
                 if body_bytes != FIRST_BODY_BYTES {
                     return Err(DecryptError::WrongHeader);
@@ -134,7 +171,7 @@ impl Opener {
             if body_bytes < OVERHEAD_BYTES {
                 return Err(DecryptError::TooShort);
             }
-            if self.received.len() < frame_bytes {
+            if self.received.len() < frame_bytes || exceeds_limit {
                 return Ok(None);
             }
             if body_bytes <= COPIED_BYTES_MAX {

@@ -5,7 +5,7 @@ use tokio::time::{Instant, timeout};
 use super::*;
 
 fn quiet() -> Options {
-    Options { keep_alive: None }
+    Options { keep_alive: None, ..Options::default() }
 }
 
 #[tokio::test(start_paused = true)]
@@ -58,7 +58,7 @@ async fn a_message_too_long_is_refused_and_the_next_one_goes() {
 
 #[tokio::test(start_paused = true)]
 async fn a_silent_stream_is_kept_alive_and_a_busy_one_is_not() {
-    let (client, server) = memory_pair(&Options { keep_alive: Some(Duration::from_secs(5)) });
+    let (client, server) = memory_pair(&Options::default());
     assert!(client.shared.wire.read().await.unwrap().is_some(), "the first frame");
     for _ in 0..3 {
         time::sleep(Duration::from_secs(4)).await;
@@ -72,7 +72,7 @@ async fn a_silent_stream_is_kept_alive_and_a_busy_one_is_not() {
 
 #[tokio::test(start_paused = true)]
 async fn kept_alive_streams_deliver_no_empty_messages() {
-    let (client, server) = memory_pair(&Options { keep_alive: Some(Duration::from_secs(5)) });
+    let (client, server) = memory_pair(&Options::default());
     assert!(timeout(Duration::from_mins(1), server.receive()).await.is_err());
     client.send(&[b"awake"]).unwrap();
     assert_eq!(server.receive().await.unwrap().unwrap(), "awake");
@@ -112,5 +112,52 @@ async fn the_last_handle_closes_the_stream() {
     drop(client.clone());
     client.send(&[b"still open"]).unwrap();
     drop(client);
+    server.closed().await;
+}
+
+fn limited(message_bytes_max: usize, budget: &Arc<MessageBudget>) -> (SecretStream, SecretStream) {
+    memory_pair(&Options { limits: Some(Limits { message_bytes_max, budget: budget.clone() }), ..quiet() })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_above_the_limit_waits_for_the_limit_to_be_raised() {
+    let (client, server) = limited(1000, &MessageBudget::new(4_000_000));
+    client.send(&[b"who I am"]).unwrap();
+    client.send(&[&vec![7; 50_000]]).unwrap();
+    assert_eq!(server.receive().await.unwrap().unwrap(), "who I am");
+    assert!(timeout(Duration::from_secs(3), server.receive()).await.is_err());
+    server.allow_messages(50_000);
+    assert_eq!(server.receive().await.unwrap().unwrap().len(), 50_000);
+    client.send(&[&vec![7; 2_000_000]]).unwrap();
+    assert!(timeout(Duration::from_secs(3), server.receive()).await.is_err());
+    server.lift_limits();
+    assert_eq!(server.receive().await.unwrap().unwrap().len(), 2_000_000);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_is_destroyed_if_a_message_stays_above_the_limit() {
+    let (client, server) = limited(1000, &MessageBudget::new(1_000_000));
+    client.send(&[&[7; 1001]]).unwrap();
+    assert!(timeout(Duration::from_secs(3), server.receive()).await.is_err());
+    assert!(matches!(server.receive().await, Err(ReceiveError::TooMuch)));
+    client.closed().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn half_a_message_that_was_there_first_gives_way_to_another_streams() {
+    let budget = MessageBudget::new(100_000);
+    let [(slow, slow_server), (client, server)] = [(); 2].map(|()| limited(100_000, &budget));
+    let mut frame = BytesMut::new();
+    slow.shared.sealing().sealer.seal(&[], &[&vec![7; 80_000]], &mut frame).unwrap();
+    slow.shared.wire.write(frame.split_to(70_000).freeze()).unwrap();
+    assert!(timeout(Duration::from_millis(1), slow_server.receive()).await.is_err());
+    client.send(&[&vec![8; 60_000]]).unwrap();
+    let message = server.receive().await.unwrap().unwrap();
+    assert_eq!(message.len(), 60_000);
+    assert!(slow_server.receive().await.is_err());
+    // A message that is in use counts as well.
+    let (next, next_server) = limited(100_000, &budget);
+    next.send(&[&vec![9; 60_000]]).unwrap();
+    assert_eq!(next_server.receive().await.unwrap().unwrap().len(), 60_000);
     server.closed().await;
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use super::budget::Share;
 use super::packet::{DATA, DESTROY, END, HEARTBEAT, Header, Packet, SACK, unwrap_sequence};
 use super::receiver::Receiver;
 use super::sender::Sender;
@@ -72,7 +73,8 @@ impl Connection {
         let first = SEQUENCE_BASE + u64::from(first);
         let peer_first = SEQUENCE_BASE + u64::from(peer_first);
         let window_max = options.receive_window_bytes as usize;
-        let receiver = Receiver::new(peer_first, window_max.min(UNCONNECTED_MAX));
+        let share = options.limits.as_ref().map(|limits| Share::of(&limits.received));
+        let receiver = Receiver::new(peer_first, window_max.min(UNCONNECTED_MAX), share);
         Self {
             remote_id: None,
             sender: Sender::new(first, peer_first),
@@ -114,6 +116,16 @@ impl Connection {
             self.receiver.set_window_max(self.window_max);
             self.window_told = self.receiver.window_bytes();
             self.last_heard_at = Some(now);
+        }
+    }
+
+    /// From here on, only a window of this size limits what the other side may send, and it learns so.
+    pub(crate) fn lift_limits(&mut self, window_max: usize) {
+        self.window_max = window_max;
+        self.receiver.lift_limits();
+        if self.is_connected() {
+            self.receiver.set_window_max(window_max);
+            self.ack_due = self.closed.is_none();
         }
     }
 

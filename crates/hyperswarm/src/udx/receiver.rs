@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::{Bytes, BytesMut};
 
+use super::budget::Share;
 use super::packet::{DATA, END, RANGES_MAX};
 
 /// What an early packet counts in addition to its payload, so that many empty ones are also bounded.
@@ -30,10 +31,12 @@ pub(crate) struct Receiver {
     window_max: usize,
     /// Whether received bytes are discarded, because no reader is left.
     discarding: bool,
+    /// What this stream holds of the budget that limits it, if one does.
+    share: Option<Share>,
 }
 
 impl Receiver {
-    pub(crate) fn new(first: u64, window_max: usize) -> Self {
+    pub(crate) fn new(first: u64, window_max: usize, share: Option<Share>) -> Self {
         Self {
             next: first,
             chunks: VecDeque::new(),
@@ -44,6 +47,7 @@ impl Receiver {
             end: None,
             window_max,
             discarding: false,
+            share,
         }
     }
 
@@ -80,6 +84,24 @@ impl Receiver {
         self.window_max = bytes;
     }
 
+    /// From here on, only the window limits what is held.
+    pub(crate) fn lift_limits(&mut self) {
+        self.share = None;
+    }
+
+    /// Returns whether the budget allows this many more bytes.
+    fn may_hold(&mut self, more: usize) -> bool {
+        let held = self.unread + self.early_cost + more;
+        self.share.as_mut().is_none_or(|share| share.try_set(held))
+    }
+
+    /// Gives back to the budget what is no longer held.
+    fn release(&mut self) {
+        if let Some(share) = &mut self.share {
+            share.set(self.unread + self.early_cost);
+        }
+    }
+
     /// Handles a packet with data or an end. `expected` hints at how many bytes come with it and right after it.
     pub(crate) fn receive(&mut self, sequence: u64, kind: u8, payload: &[u8], expected: usize) {
         let payload = if kind & DATA == 0 { &[] } else { payload };
@@ -88,11 +110,15 @@ impl Receiver {
         }
         if sequence == self.next {
             // The packet that closes the gap is accepted even if early packets fill the window. An end takes no space.
-            if self.unread < self.window_max || payload.is_empty() {
+            let fits = self.unread < self.window_max
+                && (Share::is_free(self.unread + payload.len()) || self.may_hold(payload.len()));
+            if fits || payload.is_empty() {
                 self.deliver(sequence, kind, payload, expected);
                 self.deliver_early();
             }
-        } else if self.unread + self.early_cost + payload.len() + EARLY_COST <= self.window_max {
+        } else if self.unread + self.early_cost + payload.len() + EARLY_COST <= self.window_max
+            && self.may_hold(payload.len() + EARLY_COST)
+        {
             self.keep(sequence, kind, payload);
         }
     }
@@ -154,6 +180,7 @@ impl Receiver {
     pub(crate) fn read(&mut self) -> Option<Bytes> {
         let chunk = self.chunks.pop_front()?;
         self.unread -= chunk.len();
+        self.release();
         Some(chunk.freeze())
     }
 
@@ -162,6 +189,7 @@ impl Receiver {
         self.discarding = true;
         self.chunks = VecDeque::new();
         self.unread = 0;
+        self.release();
     }
 
     /// Drops the early packets, whose gap will never be closed.
@@ -169,5 +197,6 @@ impl Receiver {
         self.early.clear();
         self.ranges = Vec::new();
         self.early_cost = 0;
+        self.release();
     }
 }

@@ -28,6 +28,11 @@ impl SendQueue {
         (self.end - self.next) as usize
     }
 
+    /// Returns how many bytes are kept: those of all chunks that are not released.
+    pub(crate) fn held(&self) -> usize {
+        self.pieces.front().map_or(0, |(start, _)| (self.end - start) as usize)
+    }
+
     /// Returns the offset of the first byte that was never sent.
     pub(crate) fn next_offset(&self) -> u64 {
         self.next

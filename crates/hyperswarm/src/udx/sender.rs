@@ -119,6 +119,11 @@ impl Sender {
         self.queue.unsent()
     }
 
+    /// Returns how many written bytes the other side has not acknowledged, in whole chunks.
+    pub(crate) fn unacknowledged(&self) -> usize {
+        self.queue.held()
+    }
+
     pub(crate) fn is_idle(&self) -> bool {
         self.sent.is_empty()
     }

@@ -11,6 +11,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::budget::Share;
 use super::connection::Connection;
 use super::socket::lock;
 use super::{PacketFilter, Socket, Stats, StreamClosed, StreamError, StreamOptions, Table};
@@ -48,6 +49,8 @@ pub(crate) struct Inner {
     pub(crate) socket: Option<Socket>,
     pub(crate) address: Option<SocketAddrV4>,
     first_packet: Option<(Socket, SocketAddrV4)>,
+    /// What this stream holds of the budget for unacknowledged bytes, if one limits it.
+    unacknowledged: Option<Share>,
     reader: Option<Waker>,
     room_wanted: bool,
     /// Whether the socket's task knows that the stream may have packets to send.
@@ -66,6 +69,7 @@ impl Shared {
                 socket: None,
                 address: None,
                 first_packet: None,
+                unacknowledged: options.limits.as_ref().map(|limits| Share::of(&limits.unacknowledged)),
                 reader: None,
                 room_wanted: false,
                 dirty: false,
@@ -99,10 +103,11 @@ impl Shared {
 
     /// Wakes the tasks that wait for what has happened. Returns whether a reader was woken.
     pub(crate) fn wake(&self, mut inner: MutexGuard<'_, Inner>) -> bool {
+        inner.count_unacknowledged();
         let closed = inner.connection.closed().is_some();
         let readable = closed || inner.connection.is_readable() || inner.connection.is_ended_remotely();
         let reader = if readable { inner.reader.take() } else { None };
-        let room = inner.room_wanted && (closed || inner.connection.sender().unsent() <= LOW_WATER);
+        let room = inner.room_wanted && (closed || inner.has_room(LOW_WATER + 1));
         if room {
             inner.room_wanted = false;
         }
@@ -126,6 +131,21 @@ impl Shared {
         if inner.socket.is_none() && inner.first_packet.is_none() {
             inner.first_packet = Some((socket.clone(), from));
             self.first.notify_waiters();
+        }
+    }
+}
+
+impl Inner {
+    /// Returns whether fewer bytes than this are unsent, and the budget allows more.
+    fn has_room(&self, limit: usize) -> bool {
+        let sender = self.connection.sender();
+        let share = self.unacknowledged.as_ref();
+        sender.unsent() < limit && share.is_none_or(|share| share.has_room(sender.unacknowledged()))
+    }
+
+    fn count_unacknowledged(&mut self) {
+        if let Some(share) = &mut self.unacknowledged {
+            share.set(self.connection.sender().unacknowledged());
         }
     }
 }
@@ -219,6 +239,7 @@ impl Stream {
             return Err(StreamClosed);
         }
         inner.connection.write(bytes);
+        inner.count_unacknowledged();
         shared.flush(inner);
         Ok(())
     }
@@ -234,7 +255,7 @@ impl Stream {
                 if !inner.connection.is_writable() {
                     return Err(StreamClosed);
                 }
-                if inner.connection.sender().unsent() < limit {
+                if inner.has_room(limit) {
                     return Ok(());
                 }
                 inner.room_wanted = true;
@@ -273,6 +294,14 @@ impl Stream {
             None => *reader = Some(context.waker().clone()),
         }
         Poll::Pending
+    }
+
+    /// Lifts the limits of the stream's options, and opens the receive window to its default.
+    pub fn lift_limits(&self) {
+        let mut inner = self.shared().lock();
+        inner.unacknowledged = None;
+        inner.connection.lift_limits(StreamOptions::default().receive_window_bytes as usize);
+        self.handle.settle(inner);
     }
 
     /// Sends an end after what was written. Reading is still possible.

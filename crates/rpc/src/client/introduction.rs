@@ -50,6 +50,10 @@ impl Introduction {
 
 /// Shows this node's certificate on a connection, unless it was already shown there.
 pub(super) fn introduce(link: &Arc<Link>, membership: &Membership, links: &Links) {
+    // A peer may have proven on another connection that it is a member.
+    if membership.is_member(link.connection().remote_key()) {
+        link.connection().trust();
+    }
     let Some((serial, hello)) = membership.introduction() else { return };
     let mut state = link.introduction.lock();
     if state.shown == Some(serial) {
@@ -69,6 +73,9 @@ pub(super) fn introduce(link: &Arc<Link>, membership: &Membership, links: &Links
                 let hello = codec::decode::<Hello>(&reply).map_err(WireError::from);
                 if let Err(error) = hello.and_then(|hello| membership.meet(peer, &hello)) {
                     debug!(peer = peer.short(), %error, "the peer's introduction is invalid");
+                }
+                if membership.is_member(peer) {
+                    connection.trust();
                 }
             }
             Ok(Err(error)) => debug!(peer = peer.short(), %error, "this node was not taken for a member"),

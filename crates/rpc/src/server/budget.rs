@@ -41,11 +41,16 @@ impl Budget {
         Self { limit_of, members, strangers }
     }
 
+    /// Returns the maximum length of a caller's request at this moment.
+    pub(super) fn request_bytes_max(&self, caller: PublicKey) -> usize {
+        self.limit_of.as_ref().map_or(MESSAGE_BYTES_MAX, |limit_of| limit_of(caller)).min(MESSAGE_BYTES_MAX)
+    }
+
     /// Returns the limits of a caller at this moment, because it may have introduced itself since its last call.
     pub(super) fn allowance(&self, caller: PublicKey) -> Allowance {
-        let limit = self.limit_of.as_ref().map_or(MESSAGE_BYTES_MAX, |limit_of| limit_of(caller));
+        let limit = self.request_bytes_max(caller);
         let pool = if limit < MESSAGE_BYTES_MAX { &self.strangers } else { &self.members };
-        Allowance { limit: limit.min(MESSAGE_BYTES_MAX), pool: pool.clone() }
+        Allowance { limit, pool: pool.clone() }
     }
 }
 

@@ -4,6 +4,7 @@
 //! Each stream is a Protomux channel of the protocol `tether/stream/1`, with an id that its opener draws at random.
 
 mod hints;
+mod strangers;
 mod turns;
 
 use std::collections::{BTreeMap, HashMap};
@@ -32,6 +33,7 @@ use tokio::time;
 use tracing::debug;
 
 use self::hints::Hints;
+use self::strangers::StreamLimits;
 use self::turns::in_turns;
 use super::{Channel, Connection, Incoming, Reply, RequestError, Transport, TransportError};
 use crate::identity;
@@ -155,6 +157,7 @@ pub struct HyperswarmTransport {
     announced: Mutex<HashMap<Topic, TopicAnnouncer>>,
     hints: Hints,
     remembered: Vec<PublicKey>,
+    limits: StreamLimits,
 }
 
 impl HyperswarmTransport {
@@ -174,15 +177,18 @@ impl HyperswarmTransport {
         };
         let dht = HyperDht::start(config)?;
         let key_pair = KeyPair::from_seed(key.seed());
+        let limits = StreamLimits::new();
         let server = if options.is_client {
             None
         } else {
-            let server = dht.listen(key_pair.clone(), ServerOptions::default()).await.map_err(io::Error::other)?;
+            let StreamLimits { stream, udx } = limits.clone();
+            let options = ServerOptions { stream, udx, ..ServerOptions::default() };
+            let server = dht.listen(key_pair.clone(), options).await.map_err(io::Error::other)?;
             Some(Arc::new(server))
         };
         let public_key = key.public_key();
         let (announced, hints) = (Mutex::default(), Hints::new());
-        Ok(Arc::new(Self { dht, key_pair, public_key, server, announced, hints, remembered }))
+        Ok(Arc::new(Self { dht, key_pair, public_key, server, announced, hints, remembered, limits }))
     }
 
     /// Returns the UDP address that the node listens on.
@@ -239,7 +245,8 @@ impl Transport for HyperswarmTransport {
     async fn connect(&self, peer: PublicKey) -> Result<Arc<dyn Connection>, TransportError> {
         // The hints save a walk through the DHT. A peer that has moved is found by the walk.
         let relay_addresses = self.hints.of(peer);
-        let options = ConnectOptions { timeout: CONNECT, relay_addresses, ..ConnectOptions::default() };
+        let StreamLimits { stream, udx } = self.limits.clone();
+        let options = ConnectOptions { timeout: CONNECT, relay_addresses, stream, udx };
         let stream = self.dht.connect(&self.key_pair, foreign(peer), options).await.map_err(|error| {
             debug!(peer = peer.short(), %error, "no connection");
             TransportError::Unreachable { peer }
@@ -334,11 +341,12 @@ impl HyperswarmConnection {
         let options = protomux::Options {
             channels_max: CHANNELS_MAX,
             incoming_max: INCOMING_MAX,
-            pending_bytes_max: PENDING_BYTES_MAX,
+            pending_bytes_max: if takes_calls { strangers::STREAMS_BYTES } else { PENDING_BYTES_MAX },
             ..protomux::Options::default()
         };
         let mux = Protomux::new(stream, options);
-        let (rpc, requests) = Rpc::open(&mux, &server_key.0, &hyperswarm_rpc::Options::default()).ok()?;
+        let rpc_options = if takes_calls { strangers::request_options() } else { hyperswarm_rpc::Options::default() };
+        let (rpc, requests) = Rpc::open(&mux, &server_key.0, &rpc_options).ok()?;
         let opened = takes_calls.then(|| Opened { requests, streams: mux.pair(STREAM_PROTOCOL, None) });
         mux.start();
         Some(Self { remote_key, mux, rpc, opened, closed: AtomicBool::new(false) })
@@ -404,6 +412,14 @@ impl Connection for HyperswarmConnection {
             self.closed.store(true, Ordering::Relaxed);
         }
         next
+    }
+
+    fn allow_requests(&self, bytes_max: usize) {
+        strangers::allow_requests(&self.mux, bytes_max);
+    }
+
+    fn trust(&self) {
+        strangers::lift(&self.mux, &self.rpc);
     }
 
     fn is_closed(&self) -> bool {

@@ -4,6 +4,7 @@ mod artifacts;
 mod calls;
 mod connections;
 mod crowds;
+mod hostile;
 mod hyperswarm;
 mod limits;
 mod membership;
