@@ -123,3 +123,30 @@ fn honest_handshakes_through_a_relay_succeed_while_garbage_floods_it_and_the_ser
     assert_eq!(lost, 0, "of {}", honest.len());
     assert_eq!(simulation.answered.len(), honest.len());
 }
+
+#[tokio::test]
+async fn a_host_that_never_sends_on_its_streams_is_sent_to_on_few_of_them() {
+    let (udx, any) = (udx::Udx::new(), SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0));
+    let (socket, _datagrams) = udx.bind(any).unwrap();
+    let half_open = |host: [u8; 4]| HalfOpen {
+        stream: udx.stream(udx::StreamOptions::default()),
+        remote_id: 1,
+        session: Session {
+            is_initiator: false,
+            local_key: PublicKey([1; 32]),
+            remote_key: PublicKey([2; 32]),
+            tx: [1; 32],
+            rx: [2; 32],
+            hash: [3; 64],
+        },
+        way: Some((socket.clone(), SocketAddrV4::new(host.into(), 1))),
+    };
+    let mut waiting: Vec<HalfOpen> = Vec::new();
+    for number in 0..200 {
+        let mut next = half_open(if number % 2 == 0 { [10, 0, 0, 1] } else { [127, 0, 0, 1] });
+        next.send_first_within_limit(waiting.iter().filter_map(HalfOpen::host));
+        waiting.push(next);
+    }
+    let sent_to = |host: [u8; 4]| waiting.iter().filter(|one| one.host() == Some(host.into())).count();
+    assert_eq!((sent_to([10, 0, 0, 1]), sent_to([127, 0, 0, 1])), (SENT_FIRST_MAX, 100));
+}
