@@ -59,7 +59,8 @@ pub struct ServerLimits {
     /// The maximum number of concurrent calls. Further calls are refused.
     pub calls_max: usize,
     /// The same for all strangers together, so that they cannot use up the capacity of the others. Strangers are
-    /// callers whose body limit is below the largest message.
+    /// callers that the server's membership does not know, or, if it is not checked, those whose body limit is below the
+    /// largest message.
     pub strangers_calls_max: usize,
     /// The same for one stranger, over all its connections, so that a few keys cannot use up the calls of all
     /// strangers. A call counts from its arrival: a stream whose request never comes counts until it times out.
@@ -427,7 +428,7 @@ impl Shared {
         if self.stop.is_cancelled() {
             return refuse(incoming, stopping());
         }
-        let allowance = self.budget.allowance(caller.key);
+        let allowance = self.budget.allowance(caller.key, &self.server.membership);
         let permits = &self.call_permits;
         let permit = if allowance.is_strangers() { permits.enter_stranger(caller.key) } else { permits.enter() };
         let permit = match permit {

@@ -8,6 +8,7 @@ use protocol::{ErrorCode, PublicKey, WireError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::ServerLimits;
+use crate::membership::Membership;
 
 /// Returns the maximum length of a request of a caller.
 pub(super) type BodyLimit = Box<dyn Fn(PublicKey) -> usize + Send + Sync>;
@@ -23,6 +24,7 @@ pub(super) struct Budget {
 pub(crate) struct Allowance {
     limit: usize,
     pool: Arc<Semaphore>,
+    is_strangers: bool,
 }
 
 /// Bytes reserved for a request. They are released when this is dropped.
@@ -47,22 +49,26 @@ impl Budget {
     }
 
     /// Returns the limits of a caller at this moment, because it may have introduced itself since its last call.
-    pub(super) fn allowance(&self, caller: PublicKey) -> Allowance {
+    ///
+    /// Where membership is not checked, callers with a smaller limit are strangers.
+    pub(super) fn allowance(&self, caller: PublicKey, membership: &Membership) -> Allowance {
         let limit = self.request_bytes_max(caller);
-        let pool = if limit < MESSAGE_BYTES_MAX { &self.strangers } else { &self.members };
-        Allowance { limit, pool: pool.clone() }
+        let is_strangers =
+            if membership.is_checked() { !membership.is_member(caller) } else { limit < MESSAGE_BYTES_MAX };
+        let pool = if is_strangers { &self.strangers } else { &self.members };
+        Allowance { limit, pool: pool.clone(), is_strangers }
     }
 }
 
 impl Allowance {
-    /// Returns whether the caller has a smaller limit than members.
+    /// Returns whether the call counts as a stranger's.
     pub(super) fn is_strangers(&self) -> bool {
-        self.limit < MESSAGE_BYTES_MAX
+        self.is_strangers
     }
 
     /// Starts a request of the given length. Nothing is reserved before bytes arrive.
     pub(crate) fn begin(self, bytes: usize) -> Result<ReservedBytes, WireError> {
-        let Self { limit, pool } = self;
+        let Self { limit, pool, .. } = self;
         if bytes > limit {
             let message = format!("the request has {bytes} bytes, more than the {limit} that this node takes from you");
             return Err(WireError::new(ErrorCode::RequestTooLarge, message));
@@ -106,13 +112,17 @@ mod tests {
         Budget::new(&limits, Some(Box::new(|key| if key == MEMBER { MESSAGE_BYTES_MAX } else { 100 })))
     }
 
+    fn allowance(budget: &Budget, key: PublicKey) -> Allowance {
+        budget.allowance(key, &Membership::unchecked())
+    }
+
     #[test]
     fn strangers_have_a_smaller_limit_and_a_share_of_their_own() {
         let budget = budget();
-        let long = budget.allowance(STRANGER).begin(101).map(drop).expect_err("over the limit");
+        let long = allowance(&budget, STRANGER).begin(101).map(drop).expect_err("over the limit");
         assert_eq!(long.code, ErrorCode::RequestTooLarge);
         let take = |key, bytes| {
-            let mut room = budget.allowance(key).begin(bytes)?;
+            let mut room = allowance(&budget, key).begin(bytes)?;
             room.grow(bytes).map(|()| room)
         };
         let held: Vec<ReservedBytes> = (0..2).map(|_| take(STRANGER, 100).expect("room")).collect();
@@ -128,8 +138,8 @@ mod tests {
     fn a_length_alone_takes_nothing() {
         let budget = budget();
         let announced: Vec<ReservedBytes> =
-            (0..50).map(|_| budget.allowance(STRANGER).begin(100).expect("allowed")).collect();
-        let mut room = budget.allowance(STRANGER).begin(100).expect("allowed");
+            (0..50).map(|_| allowance(&budget, STRANGER).begin(100).expect("allowed")).collect();
+        let mut room = allowance(&budget, STRANGER).begin(100).expect("allowed");
         room.grow(60).expect("room");
         room.grow(40).expect("room");
         room.grow(1).expect_err("more than it may be");

@@ -484,3 +484,19 @@ async fn a_certificate_is_renewed_at_half_of_its_life_and_kept() {
     assert_eq!(kept.bootstrap, enrolment.bootstrap);
     assert_eq!(Enrolment::load(&folder.path().join("none")).expect("readable"), None);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_members_calls_count_as_a_members_whatever_it_may_send() {
+    let pool = Pool::new();
+    let (server, worker) = (pool.join(1, &[NodeRole::Worker]), pool.join(2, &[NodeRole::Worker]));
+    let limits = ServerLimits { strangers_calls_max: 1, strangers_body_bytes_max: 1, ..ServerLimits::default() };
+    pool.serve(&server, NodeRole::Worker, |server| server.limits(limits).body_limit(|_| 1000));
+    let mut held = vec![];
+    for _ in 0..3 {
+        let body = codec::encode(&Empty {}).into();
+        held.push(worker.client.open_stream(server.key, "hang", body, options()).await.expect("a member's"));
+    }
+    let stranger = Client::new(pool.node(3));
+    let refused = stranger.open_stream(server.key, "hang", codec::encode(&Empty {}).into(), options()).await;
+    assert!(matches!(refused, Err(CallError::Remote(error)) if error.code == ErrorCode::Unavailable));
+}
