@@ -280,6 +280,7 @@ impl Udp {
             listen,
             bootstrap: self.settings.and(begin_at).bootstrap_addresses().await?,
             known: KnownPeers::default(),
+            public_address: self.settings.public_address,
             is_client: false,
         };
         let start = async |listen| HyperswarmTransport::start(Options { listen, ..options.clone() }, key).await;

@@ -56,6 +56,7 @@ impl Node {
             listen: settings.network.listen,
             bootstrap: settings.network.and(bootstrap).bootstrap_addresses().await?,
             known: KnownPeers::read(&data.known_peers(name)),
+            public_address: settings.network.public_address,
             is_client: false,
         };
         let start = async |listen| HyperswarmTransport::start(Options { listen, ..options.clone() }, &key).await;

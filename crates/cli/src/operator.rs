@@ -382,6 +382,7 @@ pub async fn client_network(
         listen: crate::settings::any_port(settings.network.listen),
         bootstrap,
         known: KnownPeers::merged(roles.iter().map(|role| KnownPeers::read(&data.known_peers(role)))),
+        public_address: None,
         is_client: true,
     };
     HyperswarmTransport::start(options, key).await.context("could not open a UDP socket")

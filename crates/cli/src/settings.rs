@@ -74,6 +74,11 @@ pub struct NetworkSettings {
     pub up_listen: Option<SocketAddrV4>,
     /// Bootstrap nodes, as `host:port`. A node that joined with an invite knows those of its network.
     pub bootstrap: Vec<String>,
+    /// IPv4 address at which other machines reach this node, such as 203.0.113.7, if the machine does not have it itself:
+    /// behind a router that forwards the port, or in a cloud. It wins over what other nodes report. The port is the one
+    /// that the node listens on.
+    #[serde(deserialize_with = "some_public_address", skip_serializing_if = "Option::is_none")]
+    pub public_address: Option<Ipv4Addr>,
     /// Seconds for which gateways and orchestrators use cached keys, models and rules while no registry responds. After
     /// that they refuse all requests until one does.
     pub registry_absence_secs: u64,
@@ -96,6 +101,20 @@ fn udp_address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Sock
 
 fn some_udp_address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddrV4>, D::Error> {
     udp_address(deserializer).map(Some)
+}
+
+/// Reads an address at which others can reach a node. The error shows an example.
+fn some_public_address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Ipv4Addr>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let address = text
+        .parse()
+        .ok()
+        .filter(|address: &Ipv4Addr| !address.is_unspecified() && !address.is_multicast() && !address.is_broadcast());
+    let malformed = || {
+        let example = "write an IPv4 address without a port, such as 203.0.113.7";
+        serde::de::Error::custom(format!("{text:?} is not an address of one machine; {example}"))
+    };
+    address.map(Some).ok_or_else(malformed)
 }
 
 /// Returns the address with port 0, for which the system picks a free port.
@@ -139,6 +158,7 @@ impl Default for NetworkSettings {
             listen: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0),
             up_listen: None,
             bootstrap: vec![],
+            public_address: None,
             registry_absence_secs: 600,
         }
     }
@@ -459,6 +479,8 @@ mod tests {
             ("[network]\nlisten = \"[::]:49737\"", "0.0.0.0:49737"),
             ("[network]\nlisten = \"[::]:49737\"", "IPv6"),
             ("[network]\nlisten = \"49737\"", "ADDRESS:PORT"),
+            ("[network]\npublic_address = \"0.0.0.0\"", "203.0.113.7"),
+            ("[network]\npublic_address = \"203.0.113.7:49737\"", "without a port"),
             ("[network]\nlisten = \"nas.local:49737\"", "IPv4"),
         ] {
             let (_folder, common) = file(text);

@@ -119,6 +119,7 @@ struct Shared {
     udx: Udx,
     request_handler: Arc<RequestHandler>,
     known: Mutex<KnownAddresses>,
+    public_address: Option<SocketAddrV4>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -158,6 +159,7 @@ impl HyperDht {
             udx,
             request_handler,
             known: Mutex::new(known),
+            public_address: config.public_address,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         };
@@ -265,7 +267,9 @@ impl HyperDht {
 
     /// Returns the address at which other hosts reach this node, as far as this host can tell.
     pub fn reachable_address(&self) -> SocketAddrV4 {
-        dht_rpc::reachable(self.local_address())
+        let local = self.local_address();
+        let public = self.shared.public_address.map(|public| SocketAddrV4::new(*public.ip(), local.port()));
+        public.unwrap_or_else(|| dht_rpc::reachable(local))
     }
 
     /// Returns this node's address as others see it, if they can reach it there.

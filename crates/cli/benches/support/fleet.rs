@@ -71,6 +71,7 @@ async fn work(
         listen: "127.0.0.1:0".parse().unwrap(),
         bootstrap: vec![address],
         known: KnownPeers { nodes: vec![], peers: [(orchestrator, vec![address])].into() },
+        public_address: None,
         is_client: true,
     };
     let transport = HyperswarmTransport::start(options, &key).await.unwrap();

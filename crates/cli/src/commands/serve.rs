@@ -36,7 +36,7 @@ pub(super) async fn bootstrap(context: Context, args: &NodeArgs) -> anyhow::Resu
     let _lock = context.data.lock(&["bootstrap"])?;
     let network = &context.settings.network;
     let bootstrap = network.bootstrap_addresses().await?;
-    let start = async |listen| BootstrapNode::start(listen, bootstrap.clone());
+    let start = async |listen| BootstrapNode::start(listen, bootstrap.clone(), network.public_address);
     let node = at_last_port(network.listen, context.data.listen_address("bootstrap"), start).await?;
     context.data.write_listen_address("bootstrap", node.local_address())?;
     context.keep_flags()?;

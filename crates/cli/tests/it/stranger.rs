@@ -50,6 +50,7 @@ impl Stranger {
             listen: LOOPBACK.parse().expect("an address"),
             bootstrap: mesh.pool.bootstrap.iter().map(|text| text.parse().expect("an address")).collect(),
             known: KnownPeers::default(),
+            public_address: None,
             is_client: false,
         };
         let network = HyperswarmTransport::start(options, &key).await.expect("on the network");

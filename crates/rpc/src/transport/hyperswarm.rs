@@ -10,7 +10,7 @@ mod turns;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
-use std::net::SocketAddrV4;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -73,6 +73,9 @@ pub struct Options {
     pub bootstrap: Vec<SocketAddrV4>,
     /// The peers known from an earlier run of this node.
     pub known: KnownPeers,
+    /// The IPv4 address at which other hosts reach the node, if it is known for certain. It wins over what other nodes
+    /// report.
+    pub public_address: Option<Ipv4Addr>,
     /// Whether the node only calls others. It then cannot be found, and stores nothing for others.
     pub is_client: bool,
 }
@@ -119,11 +122,16 @@ impl KnownPeers {
 pub struct BootstrapNode(HyperDht);
 
 impl BootstrapNode {
-    /// Starts the node. `bootstrap` lists other bootstrap nodes.
-    pub fn start(listen: SocketAddrV4, bootstrap: Vec<SocketAddrV4>) -> io::Result<Self> {
+    /// Starts the node. `bootstrap` lists other bootstrap nodes, and `public_address` is as in [`Options`].
+    pub fn start(
+        listen: SocketAddrV4,
+        bootstrap: Vec<SocketAddrV4>,
+        public_address: Option<Ipv4Addr>,
+    ) -> io::Result<Self> {
         let config = hyperdht::Config {
             bind: listen,
             bootstrap,
+            public_address: public_address.map(|address| SocketAddrV4::new(address, 0)),
             ephemeral: false,
             firewalled: Some(false),
             ..hyperdht::Config::default()
@@ -171,6 +179,7 @@ impl HyperswarmTransport {
             bootstrap: options.bootstrap,
             known_nodes: options.known.nodes,
             known_addresses,
+            public_address: options.public_address.map(|address| SocketAddrV4::new(address, 0)),
             ephemeral: options.is_client,
             firewalled: Some(false),
             ..hyperdht::Config::default()
@@ -199,6 +208,11 @@ impl HyperswarmTransport {
     /// Returns the address at which other hosts reach the node, as far as this host can tell.
     pub fn reachable_address(&self) -> SocketAddrV4 {
         self.dht.reachable_address()
+    }
+
+    /// Returns this host's address as other nodes see it, if they agree. They may be unable to reach it there.
+    pub fn seen_address(&self) -> Option<Ipv4Addr> {
+        self.dht.rpc().reflexive_address().map(|address| address.host)
     }
 
     /// Returns the peers that this node knows, to be stored for the next run.

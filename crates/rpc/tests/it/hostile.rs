@@ -59,7 +59,7 @@ fn membership(seed: u8) -> Membership {
 
 async fn start(seed: u8, bootstrap: Vec<SocketAddrV4>) -> Arc<HyperswarmTransport> {
     let options =
-        Options { listen: LOOPBACK, bootstrap, known: KnownPeers::default(), is_client: false };
+        Options { listen: LOOPBACK, bootstrap, known: KnownPeers::default(), public_address: None, is_client: false };
     HyperswarmTransport::start(options, &key(seed)).await.expect("a socket")
 }
 

@@ -15,7 +15,7 @@ use hyperswarm::rpc::{
 use protocol::control::{Empty, NODE_PING};
 use protocol::signature::NodeKey;
 use protocol::{ErrorCode, PublicKey, Topic, WireError};
-use tether_rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
+use tether_rpc::transport::hyperswarm::{BootstrapNode, HyperswarmTransport, KnownPeers, Options};
 use tether_rpc::transport::{Connection, Incoming, RequestError, TransportError};
 use tether_rpc::{CallError, Client, Server, StreamCall, StreamOptions, Transport};
 use tokio::sync::Notify;
@@ -73,7 +73,7 @@ impl Drop for Swarm {
 }
 
 async fn start(seed: u8, bootstrap: Vec<SocketAddrV4>, known: KnownPeers) -> Arc<HyperswarmTransport> {
-    let options = Options { listen: LOOPBACK, bootstrap, known, is_client: false };
+    let options = Options { listen: LOOPBACK, bootstrap, known, public_address: None, is_client: false };
     let node = HyperswarmTransport::start(options, &key(seed)).await.expect("a socket");
     node.bootstrapped().await;
     node
@@ -134,7 +134,8 @@ async fn a_node_that_only_calls_finds_and_calls_others_and_is_not_found() {
     let key_of_callee = swarm.serve(&callee, |server| server);
     callee.announce(&topic()).await.expect("announced");
     let bootstrap = vec![swarm.bootstrap.local_address()];
-    let options = Options { listen: LOOPBACK, bootstrap, known: KnownPeers::default(), is_client: true };
+    let options =
+        Options { listen: LOOPBACK, bootstrap, known: KnownPeers::default(), public_address: None, is_client: true };
     let caller = HyperswarmTransport::start(options, &key(2)).await.expect("a socket");
     assert_eq!(caller.lookup(&topic()).await, Ok(vec![key_of_callee]));
     let client = Client::new(caller.clone());
@@ -156,6 +157,18 @@ async fn a_node_is_found_by_topic_and_answers_calls_and_streams() {
     client.call::<_, Empty>(peer, NODE_PING, &Empty {}, TIMEOUT).await.expect("a reply");
     let answer = streamed(&client, peer, "echo", Bytes::from_static(b"\"hello\"")).await;
     assert_eq!(answer, Ok(vec![Bytes::from_static(b"\"hello\"")]));
+}
+
+#[tokio::test]
+async fn a_node_behind_a_router_names_its_public_address() {
+    let public_address = Some(Ipv4Addr::new(203, 0, 113, 7));
+    let options =
+        Options { listen: LOOPBACK, bootstrap: vec![], known: KnownPeers::default(), public_address, is_client: false };
+    let node = HyperswarmTransport::start(options, &key(1)).await.expect("a socket");
+    let expected = SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 7), node.local_address().port());
+    assert_eq!(node.reachable_address(), expected);
+    let bootstrap = BootstrapNode::start(LOOPBACK, vec![], public_address).expect("a socket");
+    assert_eq!(bootstrap.reachable_address().ip(), expected.ip());
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 //! whose clock is off.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -60,6 +61,9 @@ async fn look(context: &Context, pool: &Pool) -> anyhow::Result<Vec<Check>> {
             checks.push(check("registry", Err(detail)));
         }
     }
+    if let Some(configured) = context.settings.network.public_address {
+        checks.push(check("address", public_address(configured, network.seen_address())));
+    }
     let regions = regions(context, pool, &stranger).await?;
     let services = services(&network, &stranger, &regions).await;
     drop(stranger);
@@ -72,6 +76,17 @@ async fn look(context: &Context, pool: &Pool) -> anyhow::Result<Vec<Check>> {
         }
     }
     Ok(checks)
+}
+
+/// Compares the configured address with the one that other nodes see. Those of the same local network see another one.
+fn public_address(configured: Ipv4Addr, seen: Option<Ipv4Addr>) -> Result<String, String> {
+    let is_local = |seen: &Ipv4Addr| seen.is_private() || seen.is_loopback() || seen.is_link_local();
+    match seen.filter(|seen| *seen != configured && !is_local(seen)) {
+        Some(seen) => Err(format!(
+            "network.public_address is {configured}, but other nodes see this machine at {seen}; correct or remove the setting"
+        )),
+        None => Ok(format!("{configured}, as network.public_address says")),
+    }
 }
 
 /// Returns the relevant regions: those of this machine's services, and the registry's.
@@ -230,6 +245,19 @@ mod tests {
         let reachable = services.of(NodeRole::Orchestrator).expect("two");
         assert_eq!(reachable, "answering: 2 in region garage");
         assert!(services.of(NodeRole::Gateway).is_err());
+    }
+
+    #[test]
+    fn a_public_address_that_others_do_not_see_is_doubted() {
+        let configured = Ipv4Addr::new(203, 0, 113, 7);
+        assert!(public_address(configured, None).is_ok());
+        assert!(public_address(configured, Some(configured)).is_ok());
+        assert!(
+            public_address(configured, Some(Ipv4Addr::new(192, 168, 1, 5))).is_ok(),
+            "nodes of the same local network"
+        );
+        let error = public_address(configured, Some(Ipv4Addr::new(198, 51, 100, 9))).expect_err("another one");
+        assert!(error.contains("203.0.113.7") && error.contains("198.51.100.9"), "{error}");
     }
 
     #[test]
