@@ -26,7 +26,7 @@ pub use self::message_budget::MessageBudget;
 use self::message_budget::{Account, FREE_BYTES, Held};
 use self::wire::Wire;
 use crate::crypto::noise::Session;
-use crate::crypto::{PublicKey, random};
+use crate::crypto::{PublicKey, keyed_hash, random};
 use crate::udx;
 
 #[cfg(test)]
@@ -178,6 +178,13 @@ impl SecretStream {
     /// Returns the handshake hash, which is the same on both sides and unique to this connection.
     pub fn handshake_hash(&self) -> &[u8; 64] {
         &self.shared.session.hash
+    }
+
+    /// Returns a secret that only the two sides of this connection know, for a purpose that both name alike.
+    pub fn export(&self, purpose: &[u8]) -> [u8; 32] {
+        let Session { is_initiator, tx, rx, hash, .. } = &self.shared.session;
+        let key = if *is_initiator { tx } else { rx };
+        keyed_hash(key, &[purpose, hash])
     }
 
     /// Sends one message, given in parts. Never waits; see [`SecretStream::room`] for backpressure.

@@ -8,6 +8,7 @@ use crate::health::HealthReport;
 use crate::id::{
     AdapterName, CorrelationId, Digest, InviteId, ModelName, ModelVersion, PublicKey, Region, TenantId, WorkerId,
 };
+use crate::membership::Transcript;
 use crate::model::{AdapterEntry, AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
 use crate::policy::TenantPolicy;
 use crate::signature::Signed;
@@ -522,6 +523,9 @@ pub struct Hello {
     /// Certificate of the node, if it has one: a signed [`crate::membership::Certificate`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate: Option<Signed>,
+    /// What the node says of its versions, bound to the connection. Nodes of version 1 of the protocol send none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transcript: Option<Transcript>,
 }
 
 /// An invite to make.

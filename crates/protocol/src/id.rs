@@ -209,6 +209,11 @@ hex_id! {
 }
 
 hex_id! {
+    /// MAC of an introduction's transcript; see [`crate::membership::transcript`].
+    TranscriptProof, 32, "proof", "64 lower-case hex digits", "^[0-9a-f]{64}$"
+}
+
+hex_id! {
     /// Public id of an invite.
     InviteId, 8, "inviteId", "16 lower-case hex digits", "^[0-9a-f]{16}$"
 }

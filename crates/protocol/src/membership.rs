@@ -6,12 +6,14 @@
 pub mod certificate;
 pub mod invite;
 pub mod revocation;
+pub mod transcript;
 
 use std::time::Duration;
 
 pub use certificate::{Certificate, CertificateError};
 pub use invite::{Invite, InviteSecret, MalformedInvite};
 pub use revocation::{RevocationError, RevocationList, RevocationStamp};
+pub use transcript::{Transcript, TranscriptError, VersionMismatch, Versions};
 
 use crate::error_code::{ErrorCode, WireError};
 pub use crate::id::InviteId;
@@ -49,6 +51,9 @@ pub enum Exclusion {
     /// The node's certificate is for other regions.
     #[error("this node's certificate is for other regions")]
     Region,
+    /// The node speaks other versions of the protocol.
+    #[error("{0}")]
+    Version(VersionMismatch),
 }
 
 impl Exclusion {
@@ -60,6 +65,7 @@ impl Exclusion {
             Self::Revoked => "revoked",
             Self::Role => "role",
             Self::Region => "certificate_region",
+            Self::Version(_) => "protocol_version",
         }
     }
 }
@@ -68,7 +74,9 @@ impl From<Exclusion> for WireError {
     fn from(exclusion: Exclusion) -> Self {
         let code = match exclusion {
             Exclusion::Revoked => ErrorCode::NodeRevoked,
-            Exclusion::NotEnrolled | Exclusion::Ended | Exclusion::Role | Exclusion::Region => ErrorCode::NotEnrolled,
+            Exclusion::NotEnrolled | Exclusion::Ended | Exclusion::Role | Exclusion::Region | Exclusion::Version(_) => {
+                ErrorCode::NotEnrolled
+            }
         };
         Self::new(code, exclusion.to_string())
     }

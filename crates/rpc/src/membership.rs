@@ -7,14 +7,16 @@ use std::time::Duration;
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use protocol::control::{Enrolled, Hello, NodeRole};
+use protocol::membership::transcript::{Ends, VERSIONS};
 use protocol::membership::{
     Certificate, CertificateError, Exclusion, RevocationError, RevocationList, RevocationStamp, STAMP_AHEAD_MAX,
-    STAMP_FRESH, STATE_EVERY,
+    STAMP_FRESH, STATE_EVERY, Transcript, TranscriptError, VersionMismatch, Versions,
 };
 use protocol::signature::Signed;
-use protocol::{Clock, PublicKey, Region, UnixMillis, WireError};
+use protocol::{Clock, ErrorCode, PublicKey, Region, UnixMillis, WireError};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tracing::warn;
 
 /// The maximum number of stored certificates. Only certificates that the root signed are stored, so strangers cannot
 /// fill it.
@@ -36,6 +38,7 @@ struct Inner {
     pool: PublicKey,
     own_key: PublicKey,
     clock: Arc<dyn Clock>,
+    versions: Versions,
     registry: Option<PublicKey>,
     keep: Option<Keep>,
     state: RwLock<State>,
@@ -58,6 +61,8 @@ struct State {
 struct Known {
     certificate: Arc<Certificate>,
     signed: Arc<Signed>,
+    /// Whether this node and the key's node speak a version of the protocol in common.
+    compatible: Result<(), VersionMismatch>,
 }
 
 impl Membership {
@@ -74,7 +79,7 @@ impl Membership {
         clock: Arc<dyn Clock>,
     ) -> Result<Self, CertificateError> {
         let own = Certificate::verify(&certificate, pool, own_key, clock.now())?;
-        let known = Known { certificate: Arc::new(own), signed: Arc::new(certificate) };
+        let known = Known { certificate: Arc::new(own), signed: Arc::new(certificate), compatible: Ok(()) };
         let state = State {
             known: HashMap::from([(own_key, known)]),
             version: 0,
@@ -83,8 +88,8 @@ impl Membership {
             confirmed: Instant::now(),
         };
         let changes = watch::Sender::new(0);
-        let (registry, keep, state) = (None, None, RwLock::new(state));
-        Ok(Self(Some(Arc::new(Inner { pool, own_key, clock, registry, keep, state, changes }))))
+        let (versions, registry, keep, state) = (VERSIONS, None, None, RwLock::new(state));
+        Ok(Self(Some(Arc::new(Inner { pool, own_key, clock, versions, registry, keep, state, changes }))))
     }
 
     /// Sets a registry to ask when none is found by topic. Must be called before the membership is cloned.
@@ -92,6 +97,16 @@ impl Membership {
     pub fn ask_registry(mut self, registry: PublicKey) -> Self {
         if let Some(inner) = self.0.as_mut().and_then(Arc::get_mut) {
             inner.registry = Some(registry);
+        }
+        self
+    }
+
+    /// Sets the versions of the protocol that the node speaks, for tests of nodes of other versions. Must be called before
+    /// the membership is cloned.
+    #[must_use]
+    pub fn speaking(mut self, versions: Versions) -> Self {
+        if let Some(inner) = self.0.as_mut().and_then(Arc::get_mut) {
+            inner.versions = versions;
         }
         self
     }
@@ -134,6 +149,7 @@ impl Membership {
         }
         let known = state.known.get(&key).ok_or(Exclusion::NotEnrolled)?;
         known.certificate.check_time(inner.clock.now()).map_err(|_| Exclusion::Ended)?;
+        known.compatible.map_err(Exclusion::Version)?;
         Ok(Some(known.certificate.clone()))
     }
 
@@ -176,28 +192,38 @@ impl Membership {
         inner.read().known.get(&inner.own_key).map(|known| known.certificate.clone())
     }
 
-    /// Returns this node's introduction and the serial number of its certificate, if membership is checked.
-    pub(crate) fn introduction(&self) -> Option<(u64, Hello)> {
-        let inner = self.0.as_ref()?;
-        let known = inner.read().known.get(&inner.own_key).cloned()?;
-        Some((known.certificate.serial, Hello { certificate: Some((*known.signed).clone()) }))
+    /// Returns the serial number of this node's certificate, if membership is checked.
+    pub(crate) fn serial(&self) -> Option<u64> {
+        self.own().map(|own| own.serial)
     }
 
-    /// Processes a peer's introduction on a connection that proved `remote_key`.
-    pub fn meet(&self, remote_key: PublicKey, hello: &Hello) -> Result<(), WireError> {
-        let (Some(inner), Some(signed)) = (&self.0, &hello.certificate) else { return Ok(()) };
-        {
-            let state = inner.read();
-            if state.revoked.contains(&remote_key) {
-                return Err(Exclusion::Revoked.into());
-            }
-            // A certificate that is known already is not verified again.
-            if state.known.get(&remote_key).is_some_and(|known| *known.signed == *signed) {
-                return Ok(());
-            }
-        }
-        let certificate = Certificate::verify(signed, inner.pool, remote_key, inner.clock.now())?;
-        inner.learn(remote_key, Known { certificate: Arc::new(certificate), signed: Arc::new(signed.clone()) });
+    /// Returns this node's introduction on a connection that it opened and that has this secret, if membership is
+    /// checked.
+    pub(crate) fn introduction(&self, callee: PublicKey, secret: &[u8; 32]) -> Option<Hello> {
+        let inner = self.0.as_ref()?;
+        let transcript = Transcript::of_caller(inner.ends(secret, inner.own_key, callee), inner.versions);
+        Some(Hello { certificate: inner.own_certificate(), transcript })
+    }
+
+    /// Processes the introduction of a caller on a connection that proved `caller` and has this secret. Returns this
+    /// node's own introduction.
+    pub fn meet_caller(&self, caller: PublicKey, secret: &[u8; 32], hello: &Hello) -> Result<Hello, WireError> {
+        let Some(inner) = &self.0 else { return Ok(Hello::default()) };
+        let ends = inner.ends(secret, caller, inner.own_key);
+        let known = inner.check_certificate(caller, hello)?;
+        let (common, transcript) =
+            Transcript::meet_caller(ends, inner.versions, hello.transcript.as_ref()).map_err(refused)?;
+        inner.learn_peer(caller, known, common.map(drop));
+        Ok(Hello { certificate: inner.own_certificate(), transcript })
+    }
+
+    /// Processes the introduction of a callee, in response to this node's own on the same connection.
+    pub fn meet_callee(&self, callee: PublicKey, secret: &[u8; 32], hello: &Hello) -> Result<(), WireError> {
+        let Some(inner) = &self.0 else { return Ok(()) };
+        let ends = inner.ends(secret, inner.own_key, callee);
+        let known = inner.check_certificate(callee, hello)?;
+        let common = Transcript::meet_callee(ends, inner.versions, hello.transcript.as_ref()).map_err(refused)?;
+        inner.learn_peer(callee, known, common.map(drop));
         Ok(())
     }
 
@@ -205,7 +231,8 @@ impl Membership {
     pub fn renew(&self, signed: Signed) -> Result<(), CertificateError> {
         let Some(inner) = &self.0 else { return Ok(()) };
         let certificate = Certificate::verify(&signed, inner.pool, inner.own_key, inner.clock.now())?;
-        inner.learn(inner.own_key, Known { certificate: Arc::new(certificate), signed: Arc::new(signed) });
+        let (certificate, signed) = (Arc::new(certificate), Arc::new(signed));
+        inner.learn(inner.own_key, Known { certificate, signed, compatible: Ok(()) });
         Ok(())
     }
 
@@ -301,7 +328,49 @@ impl Membership {
     }
 }
 
+/// Returns what the other node is told of a transcript that was rejected.
+fn refused(error: TranscriptError) -> WireError {
+    WireError::new(ErrorCode::NotEnrolled, error.to_string())
+}
+
 impl Inner {
+    fn ends<'a>(&self, secret: &'a [u8; 32], caller: PublicKey, callee: PublicKey) -> Ends<'a> {
+        Ends { secret, pool: self.pool, caller, callee }
+    }
+
+    fn own_certificate(&self) -> Option<Signed> {
+        self.read().known.get(&self.own_key).map(|known| (*known.signed).clone())
+    }
+
+    /// Returns the certificate that a peer shows, if it shows one and it is valid.
+    fn check_certificate(&self, key: PublicKey, hello: &Hello) -> Result<Option<Known>, WireError> {
+        let Some(signed) = &hello.certificate else { return Ok(None) };
+        {
+            let state = self.read();
+            if state.revoked.contains(&key) {
+                return Err(Exclusion::Revoked.into());
+            }
+            // A certificate that is known already is not verified again.
+            if let Some(known) = state.known.get(&key).filter(|known| *known.signed == *signed) {
+                return Ok(Some(known.clone()));
+            }
+        }
+        let certificate = Certificate::verify(signed, self.pool, key, self.clock.now())?;
+        let (certificate, signed) = (Arc::new(certificate), Arc::new(signed.clone()));
+        Ok(Some(Known { certificate, signed, compatible: Ok(()) }))
+    }
+
+    fn learn_peer(&self, key: PublicKey, known: Option<Known>, compatible: Result<(), VersionMismatch>) {
+        let Some(known) = known else { return };
+        let before = self.read().known.get(&key).map_or(Ok(()), |known| known.compatible);
+        if let Err(mismatch) = compatible
+            && before != compatible
+        {
+            warn!(peer = key.short(), "a node of this network is not used: {mismatch}");
+        }
+        self.learn(key, Known { compatible, ..known });
+    }
+
     /// Stores a certificate, unless a later one of the same key is known.
     fn learn(&self, key: PublicKey, new: Known) {
         let now = self.clock.now();

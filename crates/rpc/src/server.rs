@@ -401,7 +401,7 @@ impl Shared {
             match incoming {
                 // Handled here and not in a task, so that the calls that follow find the caller introduced.
                 Incoming::Request { method, body, reply } if method == NODE_HELLO => {
-                    let hello = self.take_hello(caller, &body);
+                    let hello = self.take_hello(caller, &connection.secret(), &body);
                     trust();
                     hellos_left -= u32::from(hello.is_err());
                     reply.send(hello);
@@ -415,11 +415,13 @@ impl Shared {
         }
     }
 
-    fn take_hello(&self, caller: Caller, body: &[u8]) -> Result<Bytes, WireError> {
+    fn take_hello(&self, caller: Caller, secret: &[u8; 32], body: &[u8]) -> Result<Bytes, WireError> {
         let membership = &self.server.membership;
-        let Some((_, own)) = membership.introduction() else { return Err(unknown(NODE_HELLO)) };
+        if !membership.is_checked() {
+            return Err(unknown(NODE_HELLO));
+        }
         let hello = codec::decode_within::<Hello>(body, HELLO_BYTES_MAX)?;
-        membership.meet(caller.key, &hello)?;
+        let own = membership.meet_caller(caller.key, secret, &hello)?;
         Ok(Bytes::from(codec::encode(&own)))
     }
 

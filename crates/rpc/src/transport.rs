@@ -44,6 +44,9 @@ pub trait Connection: Send + Sync + 'static {
     /// Returns the public key of the node at the other end.
     fn remote_key(&self) -> PublicKey;
 
+    /// Returns a secret that only the two ends of this connection know. It binds introductions to the connection.
+    fn secret(&self) -> [u8; 32];
+
     /// Sends a request and waits for its reply. The caller sets the deadline.
     ///
     /// If the send queue has space, the request is sent when the future is first polled, before anything sent later. So

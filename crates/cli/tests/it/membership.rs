@@ -1,9 +1,11 @@
 //! Nodes that join by invites, are expelled, and renew their certificates.
 
+use engine::MockOptions;
 use gateway::Gateway;
 use protocol::ErrorCode;
-use protocol::control::{Scope, TokenCreate};
-use protocol::membership::CERTIFICATE_LIFE;
+use protocol::control::{NodeRole, Scope, TokenCreate};
+use protocol::membership::transcript::VERSIONS;
+use protocol::membership::{CERTIFICATE_LIFE, Versions};
 use tokio::time::{self, Instant};
 
 use crate::memory_network::{HOUR, Network, SECOND};
@@ -124,5 +126,24 @@ async fn a_key_revoked_in_the_registrys_absence_is_out_within_five_seconds_of_it
     while admit(&gateway, &created.token).await.1.is_ok() {
         assert!(back.elapsed() <= SECOND * 5, "still good after {:?}", back.elapsed());
         time::sleep(SECOND / 10).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_network_serves_while_the_nodes_of_one_role_speak_the_version_before() {
+    const BEFORE: Versions = Versions { oldest: VERSIONS.oldest - 1, newest: VERSIONS.newest - 1 };
+    const NEXT: Versions = Versions { oldest: VERSIONS.oldest + 1, newest: VERSIONS.newest + 1 };
+    let older: [fn(NodeRole) -> Versions; 4] = [
+        |role| if role == NodeRole::Orchestrator { BEFORE } else { VERSIONS },
+        |role| if role == NodeRole::Gateway { BEFORE } else { VERSIONS },
+        |role| if role == NodeRole::Worker { BEFORE } else { VERSIONS },
+        // All but the registry.
+        |_| NEXT,
+    ];
+    for (number, versions) in (1..).zip(older) {
+        let network = Network::start_speaking(CERTIFICATE_LIFE, MockOptions::default(), versions).await;
+        time::sleep(SECOND * 2).await;
+        assert_eq!(network.fleet().await.len(), 2, "network {number}");
+        assert!(network.answer(number).await.expect("answered") > 1, "network {number}");
     }
 }

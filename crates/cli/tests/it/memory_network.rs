@@ -15,7 +15,8 @@ use protocol::control::{
     NodeRevoked, NodeRole, Scope, TokenCreate,
 };
 use protocol::infer::{InferChunk, InferRequest, Input, SUBMIT};
-use protocol::membership::Invite;
+use protocol::membership::transcript::VERSIONS;
+use protocol::membership::{Invite, Versions};
 use protocol::model::ModelKey;
 use protocol::signature::NodeKey;
 use protocol::{Clock, CorrelationId, Digest, PublicKey, Region, Topic, UnixMillis, codec};
@@ -56,6 +57,7 @@ pub(crate) struct Network {
     gateway: Client,
     tasks: TaskTracker,
     folder: TempDir,
+    versions: fn(NodeRole) -> Versions,
 }
 
 pub(crate) fn key(seed: u8) -> NodeKey {
@@ -99,6 +101,16 @@ impl Network {
 
     /// Starts a network whose engines behave so.
     pub(crate) async fn start_with(certificate_life: Duration, mock: MockOptions) -> Self {
+        Self::start_speaking(certificate_life, mock, |_| VERSIONS).await
+    }
+
+    /// Starts a network whose orchestrator, gateway and workers speak versions of the protocol by their role. The registry
+    /// speaks those of this program.
+    pub(crate) async fn start_speaking(
+        certificate_life: Duration,
+        mock: MockOptions,
+        versions: fn(NodeRole) -> Versions,
+    ) -> Self {
         let clock: Arc<dyn Clock> = Arc::new(PausedClock(Instant::now()));
         let store: Arc<dyn RegistryStore> = Arc::new(SqliteStore::in_memory().expect("a store"));
         let (memory, tasks) = (MemoryNetwork::new(), TaskTracker::new());
@@ -118,8 +130,19 @@ impl Network {
         tasks.spawn(async move { Registry::run(parts, CancellationToken::new()).await.expect("runs") });
         let gateway = Client::new(memory.node(&key(3)));
         let (orchestrator, folder) = (key(2).public_key(), tempfile::tempdir().expect("a folder"));
-        let mut network =
-            Self { memory, clock, store, authority, registry, orchestrator, workers: vec![], gateway, tasks, folder };
+        let mut network = Self {
+            memory,
+            clock,
+            store,
+            authority,
+            registry,
+            orchestrator,
+            workers: vec![],
+            gateway,
+            tasks,
+            folder,
+            versions,
+        };
         network.add_orchestrator().await;
         let as_gateway = network.join(3, NodeRole::Gateway).await;
         let node = network.memory.node(&key(3));
@@ -151,7 +174,8 @@ impl Network {
         let enrolment = Enrolment::redeem(&newcomer, &invite, "", &*self.clock).await.expect("joined");
         let path = self.folder.path().join(format!("{seed}.json"));
         enrolment.save(&path).expect("kept");
-        enrolment.membership(&path, key(seed).public_key(), self.clock.clone()).expect("good")
+        let membership = enrolment.membership(&path, key(seed).public_key(), self.clock.clone()).expect("good");
+        membership.speaking((self.versions)(role))
     }
 
     async fn add_orchestrator(&self) {

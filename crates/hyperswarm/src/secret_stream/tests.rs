@@ -161,3 +161,10 @@ async fn half_a_message_that_was_there_first_gives_way_to_another_streams() {
     assert_eq!(next_server.receive().await.unwrap().unwrap().len(), 60_000);
     server.closed().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn both_sides_export_the_same_secret_for_each_purpose() {
+    let (client, server) = memory_pair(&quiet());
+    assert_eq!(client.export(b"one"), server.export(b"one"));
+    assert_ne!(client.export(b"one"), client.export(b"two"));
+}

@@ -54,7 +54,7 @@ pub(super) fn introduce(link: &Arc<Link>, membership: &Membership, links: &Links
     if membership.is_member(link.connection().remote_key()) {
         link.connection().trust();
     }
-    let Some((serial, hello)) = membership.introduction() else { return };
+    let Some(serial) = membership.serial() else { return };
     let mut state = link.introduction.lock();
     if state.shown == Some(serial) {
         return;
@@ -67,11 +67,12 @@ pub(super) fn introduce(link: &Arc<Link>, membership: &Membership, links: &Links
     let mut telling = Box::pin(unconstrained(async move {
         let _done = done;
         let connection = link.connection();
-        let peer = connection.remote_key();
+        let (peer, secret) = (connection.remote_key(), connection.secret());
+        let Some(hello) = membership.introduction(peer, &secret) else { return };
         match time::timeout(RESPONSE_TIMEOUT, connection.request(NODE_HELLO, codec::encode(&hello).into())).await {
             Ok(Ok(reply)) => {
                 let hello = codec::decode::<Hello>(&reply).map_err(WireError::from);
-                if let Err(error) = hello.and_then(|hello| membership.meet(peer, &hello)) {
+                if let Err(error) = hello.and_then(|hello| membership.meet_callee(peer, &secret, &hello)) {
                     debug!(peer = peer.short(), %error, "the peer's introduction is invalid");
                 }
                 if membership.is_member(peer) {

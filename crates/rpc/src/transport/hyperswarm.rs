@@ -428,6 +428,10 @@ impl Connection for HyperswarmConnection {
         next
     }
 
+    fn secret(&self) -> [u8; 32] {
+        self.mux.stream().export(b"tether/hello")
+    }
+
     fn allow_requests(&self, bytes_max: usize) {
         strangers::allow_requests(&self.mux, bytes_max);
     }

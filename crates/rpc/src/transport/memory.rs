@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use hyperswarm::crypto;
 use parking_lot::{Mutex, MutexGuard};
 use protocol::signature::NodeKey;
 use protocol::{PublicKey, Topic, WireError};
@@ -30,6 +31,7 @@ pub struct MemoryNetwork {
 struct State {
     nodes: HashMap<PublicKey, Node>,
     topics: HashMap<Topic, BTreeSet<PublicKey>>,
+    connections: u64,
 }
 
 #[derive(Clone)]
@@ -88,6 +90,13 @@ impl MemoryNetwork {
         });
     }
 
+    /// Returns another secret for each connection. Within one process nobody listens.
+    fn next_secret(&self, caller: PublicKey, callee: PublicKey) -> [u8; 32] {
+        let mut state = self.lock();
+        state.connections += 1;
+        crypto::hash(&[&caller.0, &callee.0, &state.connections.to_le_bytes()])
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock()
     }
@@ -111,6 +120,7 @@ impl Transport for MemoryTransport {
             return Err(TransportError::Closed);
         }
         let node = self.network.lock().nodes.get(&peer).cloned().ok_or(TransportError::Unreachable { peer })?;
+        let secret = self.network.next_secret(self.public_key, peer);
         let closed = CancellationToken::new();
         self.lifeline.hold(&closed);
         node.lifeline.hold(&closed);
@@ -118,6 +128,7 @@ impl Transport for MemoryTransport {
         let (to_us, at_us) = mpsc::channel(INCOMING_QUEUE);
         let end = |remote_key, outgoing, incoming: mpsc::Receiver<Incoming>| MemoryConnection {
             remote_key,
+            secret,
             closed: closed.clone(),
             outgoing,
             incoming: incoming.into(),
@@ -170,6 +181,7 @@ impl Drop for MemoryTransport {
 
 struct MemoryConnection {
     remote_key: PublicKey,
+    secret: [u8; 32],
     /// Cancelled when either node is gone.
     closed: CancellationToken,
     outgoing: mpsc::Sender<Incoming>,
@@ -186,6 +198,10 @@ impl MemoryConnection {
 impl Connection for MemoryConnection {
     fn remote_key(&self) -> PublicKey {
         self.remote_key
+    }
+
+    fn secret(&self) -> [u8; 32] {
+        self.secret
     }
 
     async fn request(&self, method: &str, body: Bytes) -> Result<Bytes, RequestError> {

@@ -9,6 +9,7 @@ mod hyperswarm;
 mod limits;
 mod membership;
 mod streams;
+mod versions;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -7,7 +7,10 @@ use parking_lot::Mutex;
 use protocol::control::{
     CERTIFICATE_RENEW, Empty, Enrolled, Hello, NODE_HELLO, NodeInfo, NodeRole, POOL_STATE, PoolState, PoolStateRequest,
 };
-use protocol::membership::{Certificate, Exclusion, RevocationList, RevocationStamp, certificate, revocation};
+use protocol::membership::transcript::VERSIONS;
+use protocol::membership::{
+    Certificate, Exclusion, RevocationList, RevocationStamp, Versions, certificate, revocation,
+};
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, ErrorCode, PublicKey, Topic, UnixMillis, WireError, codec};
 use tether_rpc::transport::Connection;
@@ -71,6 +74,15 @@ impl Pool {
         }
     }
 
+    /// Returns the pool's root key.
+    pub(crate) fn root(&self) -> &NodeKey {
+        &self.root
+    }
+
+    pub(crate) fn key(&self) -> PublicKey {
+        self.root.public_key()
+    }
+
     pub(crate) fn certificate(&self, seed: u8, roles: &[NodeRole]) -> Certificate {
         let mut serial = self.serial.lock();
         *serial += 1;
@@ -93,10 +105,15 @@ impl Pool {
     }
 
     pub(crate) fn join_with(&self, seed: u8, certificate: &Certificate) -> Node {
+        self.join_speaking(seed, certificate, VERSIONS)
+    }
+
+    pub(crate) fn join_speaking(&self, seed: u8, certificate: &Certificate, versions: Versions) -> Node {
         let (pool, key) = (self.root.public_key(), key(seed));
         let transport = self.network.node(&key);
         let signed = certificate.sign(&self.root);
         let membership = Membership::new(pool, key.public_key(), signed, self.clock.clone()).expect("a good one");
+        let membership = membership.speaking(versions);
         let client = Client::new(transport.clone()).with_membership(membership.clone());
         Node { key: key.public_key(), transport, membership, client }
     }
@@ -194,12 +211,12 @@ async fn a_member_that_has_shown_its_certificate_gives_way_to_no_stranger() {
     let (server, worker) = (pool.join(1, &[NodeRole::Registry]), pool.join_with(2, &certificate));
     let limits = ServerLimits { connections_max: 8, strangers_connections_max: 4, ..ServerLimits::default() };
     pool.serve(&server, NodeRole::Registry, |server| server.limits(limits));
-    let hello = Hello { certificate: Some(certificate.sign(&pool.root)) };
+    let hello = Hello { certificate: Some(certificate.sign(&pool.root)), transcript: None };
     let stranger = pool.node(3);
     let member = worker.transport.connect(server.key).await.expect("connected");
     let unproven = stranger.connect(server.key).await.expect("connected");
     member.request(NODE_HELLO, codec::encode(&hello).into()).await.expect("a valid certificate");
-    let none = Hello { certificate: None };
+    let none = Hello::default();
     unproven.request(NODE_HELLO, codec::encode(&none).into()).await.expect("an introduction without a certificate");
     let strangers = idle_strangers(&pool, &server, 10..18).await;
     assert!(!member.is_closed() && unproven.is_closed());
@@ -231,8 +248,9 @@ async fn strangers_and_borrowed_or_foreign_certificates_are_not_admitted() {
     let foreign = other.join(4, &[NodeRole::Worker]);
     assert_eq!(code(&whoami(&foreign.client, server.key).await), Some(ErrorCode::NotEnrolled));
     // Neither does the certificate of another key, shown under one's own.
-    let hello = Hello { certificate: Some(pool.certificate(5, &[NodeRole::Worker]).sign(&pool.root)) };
-    assert!(server.membership.meet(key(6).public_key(), &hello).is_err());
+    let certificate = Some(pool.certificate(5, &[NodeRole::Worker]).sign(&pool.root));
+    let hello = Hello { certificate, transcript: None };
+    assert!(server.membership.meet_caller(key(6).public_key(), &[0; 32], &hello).is_err());
     assert_eq!(server.membership.standing(key(6).public_key()), Err(Exclusion::NotEnrolled));
 }
 
@@ -244,7 +262,7 @@ async fn who_goes_on_showing_false_certificates_is_cut_off() {
     let stranger = pool.network.node(&key(3));
     let connection = stranger.connect(server.key).await.expect("connected");
     let forged = Signed { signature: "0".repeat(128), ..pool.certificate(3, &[NodeRole::Worker]).sign(&pool.root) };
-    let body = codec::encode(&Hello { certificate: Some(forged) });
+    let body = codec::encode(&Hello { certificate: Some(forged), transcript: None });
     let mut refused = 0;
     while connection.request(NODE_HELLO, body.clone().into()).await == Err(refusal()) {
         refused += 1;
@@ -294,8 +312,8 @@ async fn an_older_certificate_does_not_replace_a_newer_one() {
     let newer = pool.certificate(2, &[NodeRole::Worker]).sign(&pool.root);
     let node = key(2).public_key();
     for signed in [newer, older] {
-        let hello = Hello { certificate: Some(signed) };
-        server.membership.meet(node, &hello).expect("both are good");
+        let hello = Hello { certificate: Some(signed), transcript: None };
+        server.membership.meet_caller(node, &[0; 32], &hello).expect("both are good");
     }
     assert!(!server.membership.has_role(node, NodeRole::Orchestrator));
 }
