@@ -39,7 +39,7 @@ pub struct Versions {
 pub struct Transcript {
     /// Versions of the protocol that the node speaks.
     pub versions: Versions,
-    /// In a response, the newest version that both nodes speak; absent if there is none.
+    /// In a response, the newest version that both nodes speak; absent if they have no version in common.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agreed: Option<u32>,
     /// MAC of the transcript so far.
