@@ -74,9 +74,9 @@ pub struct NetworkSettings {
     pub up_listen: Option<SocketAddrV4>,
     /// Bootstrap nodes, as `host:port`. A node that joined with an invite knows those of its network.
     pub bootstrap: Vec<String>,
-    /// IPv4 address at which other machines reach this node, such as 203.0.113.7, if the machine does not have it itself:
-    /// behind a router that forwards the port, or in a cloud. It wins over what other nodes report. The port is the one
-    /// that the node listens on.
+    /// IPv4 address at which other machines reach this node, such as 203.0.113.7, if the machine does not have it
+    /// itself: behind a router that forwards the port, or in a cloud. It wins over what other nodes report. The port
+    /// is the one that the node listens on.
     #[serde(deserialize_with = "some_public_address", skip_serializing_if = "Option::is_none")]
     pub public_address: Option<Ipv4Addr>,
     /// Seconds for which gateways and orchestrators use cached keys, models and rules while no registry responds. After

@@ -101,8 +101,8 @@ impl Membership {
         self
     }
 
-    /// Sets the versions of the protocol that the node speaks, for tests of nodes of other versions. Must be called before
-    /// the membership is cloned.
+    /// Sets the versions of the protocol that the node speaks, for tests of nodes of other versions. Must be called
+    /// before the membership is cloned.
     #[must_use]
     pub fn speaking(mut self, versions: Versions) -> Self {
         if let Some(inner) = self.0.as_mut().and_then(Arc::get_mut) {

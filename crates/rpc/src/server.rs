@@ -59,8 +59,8 @@ pub struct ServerLimits {
     /// The maximum number of concurrent calls. Further calls are refused.
     pub calls_max: usize,
     /// The same for all strangers together, so that they cannot use up the capacity of the others. Strangers are
-    /// callers that the server's membership does not know, or, if it is not checked, those whose body limit is below the
-    /// largest message.
+    /// callers that the server's membership does not know, or, if it is not checked, those whose body limit is below
+    /// the largest message.
     pub strangers_calls_max: usize,
     /// The same for one stranger, over all its connections, so that a few keys cannot use up the calls of all
     /// strangers. A call counts from its arrival: a stream whose request never comes counts until it times out.

@@ -104,8 +104,8 @@ impl Network {
         Self::start_speaking(certificate_life, mock, |_| VERSIONS).await
     }
 
-    /// Starts a network whose orchestrator, gateway and workers speak versions of the protocol by their role. The registry
-    /// speaks those of this program.
+    /// Starts a network whose orchestrator, gateway and workers speak versions of the protocol by their role. The
+    /// registry speaks those of this program.
     pub(crate) async fn start_speaking(
         certificate_life: Duration,
         mock: MockOptions,

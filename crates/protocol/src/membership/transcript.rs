@@ -1,9 +1,9 @@
 //! The transcript of an introduction: what both nodes say about their versions and their pool, bound to their
 //! connection.
 //!
-//! Each node proves its words with a MAC. The key is a secret that only the two ends of the connection know, so the words
-//! cannot be changed, and cannot be said again on another connection. The two nodes speak the newest version that both
-//! know. A callee that chooses an older one is refused.
+//! Each node proves its words with a MAC. The key is a secret that only the two ends of the connection know, so the
+//! words cannot be changed, and cannot be said again on another connection. The two nodes speak the newest version that
+//! both know. A callee that chooses an older one is refused.
 
 use std::fmt;
 

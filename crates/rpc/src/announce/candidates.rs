@@ -1,7 +1,7 @@
 //! Which of the nodes that announce themselves on a topic are asked next.
 //!
-//! Anyone may announce, and keys cost nothing. So nodes that turned out to be no peers are asked less and less often, and
-//! after those that were never asked.
+//! Anyone may announce, and keys cost nothing. So nodes that turned out to be no peers are asked less and less often,
+//! and after those that were never asked.
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! Limits on the memory that connections take whose peers have not proven that they are members.
 //!
-//! All such connections of a node share the budgets, which are larger than what one of them needs. Besides, each may hold
-//! a few KiB.
+//! All such connections of a node share the budgets, which are larger than what one of them needs. Besides, each may
+//! hold a few KiB.
 
 use hyperswarm::protomux::Protomux;
 use hyperswarm::rpc::{self as hyperswarm_rpc, Rpc};

@@ -6,15 +6,15 @@ use std::net::SocketAddrV4;
 use hyperswarm::crypto;
 use protocol::PublicKey;
 
-/// How many peers of one network one lookup returns. Whoever announces itself chooses the addresses at which it is dialled,
-/// and may name those of another network. The next lookup draws others.
+/// How many peers of one network one lookup returns. Whoever announces itself chooses the addresses at which it is
+/// dialled, and may name those of another network. The next lookup draws others.
 const PER_NETWORK_MAX: usize = 32;
 
 /// The first three bytes of the address of a peer's first relay, if it names one.
 type Network = Option<[u8; 3]>;
 
-/// Returns peers in random order, but one of each network before a second of any, and at most 32 of each. Keys cost nothing and addresses do,
-/// so a crowd of keys at a few addresses does not come before everyone else.
+/// Returns peers in random order, but one of each network before a second of any, and at most 32 of each. Keys cost
+/// nothing and addresses do, so a crowd of keys at a few addresses does not come before everyone else.
 pub(super) fn in_turns(found: &BTreeMap<PublicKey, Vec<SocketAddrV4>>, seed: &[u8; 32]) -> Vec<PublicKey> {
     let chance = |key: &PublicKey| crypto::hash(&[seed, &key.0]);
     let mut by_network: BTreeMap<Network, Vec<PublicKey>> = BTreeMap::new();
