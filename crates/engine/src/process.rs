@@ -4,16 +4,19 @@
 //! memory of a model is certain to be freed when its process ends. The child's standard input is a socket through
 //! which it receives verified files as open descriptors, so it loads exactly the bytes that were verified
 //! ([`handover`]). Its standard output is a socket that carries [`frame`]s both ways. The child limits its own
-//! memory, because a template can ask for any amount. It is killed when its engine hangs.
+//! memory, because a template can ask for any amount, and inherits no secret ([`environment`]). It is killed when its
+//! engine hangs.
 
 mod child_server;
 mod engine_process;
+mod environment;
 pub mod frame;
 pub mod handover;
 pub(crate) mod host_memory;
 mod memory_limit;
 mod pipe;
 mod preflight;
+mod resource_limits;
 mod spawn;
 mod stall_watch;
 

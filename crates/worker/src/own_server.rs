@@ -3,6 +3,7 @@
 //! The file is the server's standard input, and the server is told to open that. So it reads the verified bytes,
 //! whatever happens to the file's path.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
@@ -25,7 +26,18 @@ pub(crate) struct OwnServer {
 
 impl OwnServer {
     /// Starts a command. `{model}` in it stands for the model's file and `{port}` for the port to listen on.
+    ///
+    /// It inherits this program's environment, without what is meant for this program: `TETHER_API_KEY` and the
+    /// settings are no concern of it.
     pub(crate) fn start(command: &[String], model: File) -> io::Result<Self> {
+        Self::start_in(command, model, std::env::vars_os())
+    }
+
+    fn start_in(
+        command: &[String],
+        model: File,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> io::Result<Self> {
         // The port was free a moment ago. A server that cannot bind it ends, and is restarted on another.
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
         let said = |word: &String| word.replace("{model}", STDIN).replace("{port}", &port.to_string());
@@ -33,6 +45,8 @@ impl OwnServer {
         let program = words.next().ok_or(io::ErrorKind::InvalidInput)?;
         let child = Command::new(program)
             .args(words)
+            .env_clear()
+            .envs(environment.into_iter().filter(|(name, _)| !is_ours(name)))
             .stdin(Stdio::from(model))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -54,6 +68,10 @@ impl OwnServer {
     pub(crate) fn has_ended(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
     }
+}
+
+fn is_ours(variable: &OsStr) -> bool {
+    variable.as_encoded_bytes().starts_with(b"TETHER_")
 }
 
 #[cfg(test)]
@@ -104,5 +122,24 @@ mod tests {
             }
         };
         timeout(Duration::from_secs(20), ended).await.expect("it ends");
+    }
+
+    #[tokio::test]
+    async fn a_server_inherits_the_environment_without_what_is_meant_for_this_program() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let output = folder.path().join("told");
+        let path = std::env::var_os("PATH").expect("the shell is found by it");
+        let environment = [
+            (OsString::from("PATH"), path),
+            ("TETHER_API_KEY".into(), "tth_secret".into()),
+            ("TETHER_WORKER__SLOTS".into(), "2".into()),
+            ("CUDA_VISIBLE_DEVICES".into(), "1".into()),
+        ];
+        let script = format!("env | grep -v '^PATH=' | cut -d= -f1 > '{0}'; printf '.' >> '{0}'", output.display());
+        let model = tempfile::tempfile().expect("a file");
+        let command = ["sh".into(), "-c".into(), script];
+        let _server = OwnServer::start_in(&command, model, environment).expect("started");
+        let text = timeout(Duration::from_secs(20), written(&output)).await.expect("in time");
+        assert!(text.contains("CUDA_VISIBLE_DEVICES") && !text.contains("TETHER_"), "{text}");
     }
 }

@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use super::frame::{Query, Reply, ToChild, ToParent, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, PipeError, write_frames};
-use super::{CREDIT, handover, host_memory, memory_limit, preflight};
+use super::{CREDIT, handover, host_memory, memory_limit, preflight, resource_limits};
 use crate::model_runtime::{
     EmbedRequest, EngineError, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, ModelRuntime, ProgressSink,
     VerifiedArtifact,
@@ -43,6 +43,7 @@ pub enum ServeError {
 ///
 /// If the worker is gone, the whole process is killed at once, even in the middle of a decode.
 pub async fn serve_child(runtime: impl ModelRuntime) -> Result<(), ServeError> {
+    resource_limits::lower();
     let (files, socket) = standard_streams().map_err(ServeError::Streams)?;
     match serve(Arc::new(runtime), files, socket).await {
         Ok(End::Unloaded) => Ok(()),
