@@ -11,6 +11,9 @@ use std::process::Stdio;
 
 use tokio::process::{Child, Command};
 
+#[cfg(target_os = "linux")]
+mod listener;
+
 /// The path by which a program reopens its standard input.
 #[cfg(target_os = "linux")]
 const STDIN: &str = "/proc/self/fd/0";
@@ -38,7 +41,7 @@ impl OwnServer {
         model: File,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> io::Result<Self> {
-        // The port was free a moment ago. A server that cannot bind it ends, and is restarted on another.
+        // The port was free a moment ago. `has_its_port` says whether the server got it.
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
         let said = |word: &String| word.replace("{model}", STDIN).replace("{port}", &port.to_string());
         let mut words = command.iter().map(said);
@@ -60,8 +63,25 @@ impl OwnServer {
         format!("http://{}:{}", Ipv4Addr::LOCALHOST, self.port)
     }
 
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
     pub(crate) fn pid(&self) -> Option<u32> {
         self.child.id()
+    }
+
+    /// Returns whether it is this server that listens on the port, or a process that it started. Another program could
+    /// have taken the port before the server did. Only Linux says who listens.
+    pub(crate) fn has_its_port(&self) -> bool {
+        #[cfg(target_os = "linux")]
+        {
+            self.pid().is_some_and(|pid| listener::is_of(std::path::Path::new("/proc"), pid, self.port))
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            true
+        }
     }
 
     /// Returns whether the process has ended.

@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use protocol::model::{ModelKey, ModelOffer, OfferedSource};
 use tokio::fs;
 use tokio::time::{sleep, timeout};
+use tracing::warn;
 
 use crate::config::RemoteServer;
 use crate::model_facts;
@@ -27,6 +28,8 @@ const REGISTRY_WITHIN: Duration = Duration::from_secs(10);
 
 /// How long a server that the worker starts may take to load its model.
 const START_WITHIN: Duration = Duration::from_mins(10);
+/// How many ports are tried for such a server.
+const STARTS_MAX: u32 = 3;
 /// How often such a server is polled meanwhile, and the timeout of each poll.
 const ASK_EVERY: Duration = Duration::from_millis(200);
 
@@ -50,6 +53,11 @@ pub(crate) enum AttachError {
     Start(io::Error),
     #[error("the server ended before it answered")]
     Ended,
+    #[error(
+        "another program listens on port {0}, which was meant for the server; if the server runs elsewhere, such as in a \
+         container, start it yourself and set `remote`"
+    )]
+    Stranger(u16),
     #[error("the server did not answer within {} s", START_WITHIN.as_secs())]
     Silent,
     #[error(transparent)]
@@ -87,13 +95,30 @@ impl RemoteModels {
         Ok(loaded)
     }
 
-    /// Starts a server on a verified file, and attaches its model.
+    /// Starts a server on a verified file, and attaches its model. If another program takes the server's port first,
+    /// the server is started anew on another one.
     pub(crate) async fn start(
         &self,
         command: &[String],
-        model: File,
+        model: &File,
         options: &LoadOptions,
     ) -> Result<LoadedModel, AttachError> {
+        for _ in 1..STARTS_MAX {
+            match self.start_once(command, model, options).await {
+                Err(AttachError::Stranger(port)) => warn!(port, "another program took a server's port; trying another"),
+                outcome => return outcome,
+            }
+        }
+        self.start_once(command, model, options).await
+    }
+
+    async fn start_once(
+        &self,
+        command: &[String],
+        model: &File,
+        options: &LoadOptions,
+    ) -> Result<LoadedModel, AttachError> {
+        let model = model.try_clone().map_err(AttachError::Start)?;
         let mut server = OwnServer::start(command, model).map_err(AttachError::Start)?;
         let address = ServerAddress::new(&server.base_url(), None)?;
         let listening = async {
@@ -107,6 +132,10 @@ impl RemoteModels {
             Err(AttachError::Ended)
         };
         let name = timeout(START_WITHIN, listening).await.map_err(|_| AttachError::Silent)??;
+        // Prompts are sent only to the server that has the verified file.
+        if !server.has_its_port() {
+            return Err(AttachError::Stranger(server.port()));
+        }
         let (loaded, _) = self.runtime.attach(address, &name, options).await?;
         let loaded = LoadedModel { pid: server.pid(), ..loaded };
         // If the server could not bind its port, another program responded there.

@@ -1,6 +1,8 @@
 //! Models of servers that run already, from the attachment to the answer.
 
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use engine::MockOptions;
 use parking_lot::Mutex;
@@ -27,7 +29,7 @@ const ANSWER: &str = concat!(
     "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n\ndata: [DONE]\n\n",
 );
 
-/// Answers as vLLM does, one request a connection, and returns its address.
+/// Serves as vLLM does, and returns the address.
 async fn server(tasks: &TaskTracker) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("an address");
@@ -40,14 +42,15 @@ async fn server(tasks: &TaskTracker) -> String {
     format!("http://{address}/v1")
 }
 
-async fn answer(mut stream: TcpStream) {
+/// Answers one request as vLLM does, and returns its path.
+async fn answer(mut stream: TcpStream) -> Option<String> {
     let mut request = String::new();
     let mut piece = [0; 4_096];
     // What is sent to it ends with a brace, or is a head without a body.
     while !(request.ends_with('}') || (request.starts_with("GET") && request.ends_with("\r\n\r\n"))) {
         match stream.read(&mut piece).await {
             Ok(length) if length > 0 => request.push_str(&String::from_utf8_lossy(&piece[..length])),
-            _ => return,
+            _ => return None,
         }
     }
     let (status, body) = match request.split(' ').nth(1) {
@@ -60,6 +63,7 @@ async fn answer(mut stream: TcpStream) {
     let head = format!("HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
     // A client that left needs no answer.
     let _ = stream.write_all(format!("{head}{body}").as_bytes()).await;
+    request.split(' ').nth(1).map(str::to_owned)
 }
 
 async fn scene(outcome: Result<Empty, WireError>) -> (Scene, Arc<Mutex<Vec<ModelOffer>>>) {
@@ -133,6 +137,61 @@ async fn a_server_of_our_own_that_ends_is_a_failed_load() {
     assert!(reason.contains("ended before it answered"), "{reason}");
     // Its bytes were verified all the same.
     assert!(report_with(&scene, ModelState::Error).await.model_cache[0].attested);
+}
+
+/// Takes the port that a server is told first, and counts the prompts that it gets there.
+async fn take_the_first_port(told: PathBuf, prompts: Arc<AtomicUsize>) {
+    let port: u16 = loop {
+        let text = std::fs::read_to_string(&told).unwrap_or_default();
+        match text.lines().next() {
+            Some(port) if text.ends_with('\n') => break port.parse().expect("a port"),
+            _ => sleep(SECOND / 100).await,
+        }
+    };
+    let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("it is free");
+    let connections = TaskTracker::new();
+    while let Ok((stream, _)) = listener.accept().await {
+        let prompts = prompts.clone();
+        connections.spawn(async move {
+            if answer(stream).await.is_some_and(|path| path.ends_with("completions")) {
+                prompts.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_program_that_takes_a_servers_port_gets_no_prompt_and_the_server_another_port() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let told = folder.path().join("ports");
+    // At its first start it does not listen yet, as a server that still loads its model.
+    let script = format!(
+        "echo {{port}} >> '{0}'; test $(wc -l < '{0}') = 1 && exec sleep 600; \
+         PORT={{port}} exec '{1}' --exact servers::serve_a_port --ignored",
+        told.display(),
+        std::env::current_exe().expect("this program").display()
+    );
+    let served = ServedModel { server_command: vec!["sh".into(), "-c".into(), script], ..model() };
+    let (tasks, prompts) = (TaskTracker::new(), Arc::new(AtomicUsize::new(0)));
+    tasks.spawn(take_the_first_port(told, prompts.clone()));
+    let scene = Scene::new(Config { models: vec![served], ..config() }, MockOptions::default()).await;
+    scene.handle.ready().await.expect("the second start listens");
+    let job = InferRequest { input: Input { prompt: Some("say it".into()), ..Input::default() }, ..request() };
+    let (chunks, error) = read(scene.open(&job).await.expect("accepted")).await;
+    assert_eq!((error, text(&chunks).as_str()), (None, "once more"));
+    assert_eq!(prompts.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test]
+#[ignore = "runs only as the child of the test above"]
+async fn serve_a_port() {
+    let port = std::env::var_os("PORT").and_then(|port| port.to_str()?.parse::<u16>().ok()).expect("a port");
+    let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("it is free");
+    let connections = TaskTracker::new();
+    while let Ok((stream, _)) = listener.accept().await {
+        connections.spawn(answer(stream));
+    }
 }
 
 #[tokio::test]
