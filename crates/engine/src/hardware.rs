@@ -3,6 +3,7 @@
 mod installed_gpus;
 mod unused_gpus;
 
+use std::sync::OnceLock;
 use std::thread;
 
 use serde::{Deserialize, Serialize};
@@ -25,9 +26,12 @@ pub fn threads(wanted: u32, cores: u32) -> u32 {
     }
 }
 
-/// Returns how many cores this process may use, by its affinity mask and its control group.
+/// Returns how many cores this process may use, by its affinity mask and its control group at the first call. An engine
+/// process cannot read its control group later.
 pub fn cores() -> u32 {
-    thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX))
+    static CORES: OnceLock<u32> = OnceLock::new();
+    let count = || thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX));
+    *CORES.get_or_init(count)
 }
 
 /// Returns the memory that this process and its children can use without swapping, in bytes, within the limits of

@@ -24,6 +24,7 @@ pub mod merge;
 pub mod mock;
 pub mod model_facts;
 pub mod model_runtime;
+mod own_process;
 pub mod process;
 #[cfg(feature = "remote")]
 pub mod remote;
@@ -35,6 +36,7 @@ pub use llama::LlamaRuntime;
 pub use mock::{MockOptions, MockRuntime};
 pub use model_facts::ModelFacts;
 pub use model_runtime::*;
+pub use process::sandbox::{Sandbox, Target};
 pub use process::{ChildCommand, ProcessRuntime};
 #[cfg(feature = "remote")]
 pub use remote::RemoteRuntime;

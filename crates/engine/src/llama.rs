@@ -56,6 +56,9 @@ use prompts::Prompts;
 use pulse::{Beats, Pulse};
 use sequence::Job;
 
+/// The alignment of tensors without which llama.cpp maps no file that it gets open.
+const MAPPED_ALIGNMENT: u64 = 32;
+
 /// Runs GGUF models in this process.
 #[derive(Debug)]
 pub struct LlamaRuntime {
@@ -114,8 +117,9 @@ impl ModelRuntime for LlamaRuntime {
     }
 
     async fn hardware(&self) -> Hardware {
-        // Drivers may take long to start.
-        task::spawn_blocking(native::hardware).await.unwrap_or_default()
+        // Drivers may take long to start. An engine process asks before it has anything else to do, and on its first
+        // thread, because its sandbox is best closed while there is no other.
+        native::hardware()
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
@@ -133,7 +137,7 @@ impl ModelRuntime for LlamaRuntime {
         let Shape { context_length, slots, kv_tokens } = loaded.shape;
         let (abilities, placement) = (loaded.abilities, loaded.placement.clone());
         lock(&self.models).insert(id, Arc::new(loaded));
-        Ok(LoadedModel { id, context_length, kv_tokens, slots, pid: None, abilities, placement })
+        Ok(LoadedModel { id, context_length, kv_tokens, slots, pid: None, abilities, placement, sandbox: None })
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
@@ -270,8 +274,12 @@ impl Loaded {
         };
         let placement = device_placement::plan(&header, options, &native::devices());
         let without_kernels = options.kernels == Kernels::Off;
-        let model_options =
-            ModelOptions { gpu_layers: placement.gpu_layers, without_kernels, ..ModelOptions::default() };
+        let model_options = ModelOptions {
+            gpu_layers: placement.gpu_layers,
+            without_mmap: !header.data_offset.is_multiple_of(MAPPED_ALIGNMENT),
+            without_kernels,
+            ..ModelOptions::default()
+        };
         let beats = Arc::new(Beats::default());
         let (published, pulse, stopped) = (Arc::clone(&snapshot), Pulse::new(Arc::clone(&beats)), stop.clone());
         let serve = move || {

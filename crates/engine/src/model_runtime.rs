@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::hardware::Hardware;
+use crate::process::sandbox::Sandbox;
 pub use inference::{
     EmbedInput, FinishReason, InvalidInput, LeftToModel, Message, OutputFormat, Progress, Role, Sampling,
     SamplingDefaults, TokenLogprob, TokenUsage, Tool, ToolCall, ToolCallDelta, ToolChoice,
@@ -144,6 +145,8 @@ pub struct LoadOptions {
     pub fit_bytes: Option<u64>,
     /// GPU memory that layers may take if `gpu_layers` is `None`, in bytes; `None` means all free memory.
     pub vram_fit_bytes: Option<u64>,
+    /// Whether the process of this model closes itself off from files, the network and other processes.
+    pub sandbox: bool,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -171,6 +174,7 @@ impl Default for LoadOptions {
             memory_max_bytes: None,
             fit_bytes: None,
             vram_fit_bytes: None,
+            sandbox: true,
         }
     }
 }
@@ -234,6 +238,8 @@ pub struct LoadedModel {
     pub abilities: Abilities,
     /// On which devices its layers are.
     pub placement: DevicePlacement,
+    /// The sandbox of its process, if it has one of its own.
+    pub sandbox: Option<Sandbox>,
 }
 
 /// Where a loaded model is placed, and how much of the requested placement it got. All fields are 0 if unknown.

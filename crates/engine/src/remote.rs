@@ -145,6 +145,7 @@ impl RemoteRuntime {
             pid: None,
             abilities,
             placement: DevicePlacement::default(),
+            sandbox: None,
         };
         let Listed { name, facts, .. } = listed;
         let attached = Attached::new(loaded.clone(), server, name, dialect, options.queue_max);

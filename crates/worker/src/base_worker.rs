@@ -28,7 +28,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{self, Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::adoption::{Adoption, AdoptionWatch};
 use crate::announcer::{Announcer, topics};
@@ -157,7 +157,7 @@ impl BaseWorker {
         });
         let loader = Arc::new(ModelLoader::new(
             ModelCache::new(&config.models, preload),
-            LoaderOptions { slots, queue_max, preload, memory_max, vram_max, seed },
+            LoaderOptions { slots, queue_max, preload, memory_max, vram_max, sandbox: config.engine_sandbox, seed },
             runtime.clone(),
             RemoteModels::new(runtime.servers.clone(), offers),
             fetcher,
@@ -217,6 +217,9 @@ impl BaseWorker {
             ..
         } = self;
         let WorkerParts { transport, key, epoch, clock, artifacts, metrics, membership, adoption, version, .. } = parts;
+        if !config.engine_sandbox {
+            warn!("engine_sandbox is off: a malicious model file can read what this program can read");
+        }
         let hardware = runtime.hardware().await;
         device_report::log_devices(&hardware);
         loader.set_hardware(&hardware);

@@ -44,6 +44,10 @@ pub struct Config {
     pub keep_alive_secs_min: i64,
     /// Maximum of a request's `keep_alive` in seconds. Longer times are lowered to it; -1 means no maximum.
     pub keep_alive_secs_max: i64,
+    /// Closes each engine off from files, the network and other processes before it reads its model (Linux only). Turn
+    /// it off only for a GPU driver that does not work that way: a malicious model file can then read what this program
+    /// can read. `tether doctor` shows what this machine supports.
+    pub engine_sandbox: bool,
     /// Seconds that jobs have to finish when the worker stops.
     pub drain_secs: u64,
     /// Seconds for which a model's server may be silent before the first token of an answer. After that the attempt
@@ -269,6 +273,7 @@ impl Default for Config {
             vram_max_mib: 0,
             keep_alive_secs_min: 0,
             keep_alive_secs_max: -1,
+            engine_sandbox: true,
             drain_secs: 30,
             server_stall_secs: 120,
             latency_hops: 0,

@@ -132,7 +132,16 @@ mod tests {
 
     fn loaded(context_length: u32, placement: DevicePlacement) -> LoadedModel {
         let abilities = Abilities::default();
-        LoadedModel { id: ModelId(1), context_length, kv_tokens: 8_192, slots: 4, pid: None, abilities, placement }
+        LoadedModel {
+            id: ModelId(1),
+            context_length,
+            kv_tokens: 8_192,
+            slots: 4,
+            pid: None,
+            abilities,
+            placement,
+            sandbox: None,
+        }
     }
 
     fn model(context_length: u32) -> ServedModel {

@@ -98,6 +98,8 @@ pub(crate) struct LoaderOptions {
     pub(crate) memory_max: Option<u64>,
     /// GPU memory that all models may take together, in bytes; `None` for what is free at the start.
     pub(crate) vram_max: Option<u64>,
+    /// Whether engines close their sandbox.
+    pub(crate) sandbox: bool,
     /// Seed of the retries' jitter, so that a run is repeatable and workers differ.
     pub(crate) seed: u64,
 }
@@ -586,7 +588,8 @@ impl ModelLoader {
     /// Lets a loaded model run jobs until it dies, is refused or is to be unloaded.
     async fn serve(&self, entry: &Arc<Entry>, loaded: LoadedModel, offer: Option<ModelOffer>) -> End {
         let (id, pid) = (loaded.id, loaded.pid);
-        info!(model = %entry.key, pid, "the model is ready");
+        let sandbox = loaded.sandbox.as_ref().map(tracing::field::display);
+        info!(model = %entry.key, pid, sandbox, "the model is ready");
         if let Some(line) = device_report::layers_line(&loaded.placement, entry.model.gpu_layers) {
             info!(model = %entry.key, "{line}");
         }
@@ -717,6 +720,7 @@ impl ModelLoader {
                 config::Kernels::Auto => Kernels::Auto,
                 config::Kernels::Off => Kernels::Off,
             },
+            sandbox: self.options.sandbox,
             ..LoadOptions::default()
         };
         if let Some(server) = entry.model.remote.clone() {

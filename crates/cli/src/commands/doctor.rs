@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::TcpListener;
 
-use engine::{LoadOptions, VerifiedArtifact, no_progress};
+use engine::{LoadOptions, Sandbox, VerifiedArtifact, no_progress};
 use protocol::control::Fleet;
 use protocol::health::ModelState;
 use protocol::model::ModelKey;
@@ -38,8 +38,8 @@ pub(super) async fn run(context: Context, server: &ServerArgs) -> anyhow::Result
         check("settings", Ok(settings(&context))),
         check("data folder", data_folder(&context)),
         check("keys", keys(&context)),
-        check("engine", engine(&context).await),
     ];
+    checks.extend(engine(&context).await);
     checks.extend(devices::checks(&context.settings).await);
     checks.extend(network::checks(&context).await);
     let roles = context.data.roles();
@@ -146,9 +146,24 @@ fn keys(context: &Context) -> Result<String, String> {
     })
 }
 
-/// Loads the built-in model in a process of its own, as a worker would.
-async fn engine(context: &Context) -> Result<String, String> {
-    let text = |error: &dyn std::fmt::Display| format!("the built-in model does not load: {error}");
+/// Loads the built-in model in a process of its own, as a worker would, and reports how that process closed its
+/// sandbox.
+async fn engine(context: &Context) -> Vec<Check> {
+    match load_the_built_in_model(context).await {
+        Ok((detail, sandbox)) => {
+            let engine = check("engine", Ok(format!("loads the built-in model; {detail}")));
+            [Some(engine), sandbox.map(|sandbox| sandbox_check(&sandbox))].into_iter().flatten().collect()
+        }
+        Err(error) => vec![check("engine", Err(format!("the built-in model does not load: {error}")))],
+    }
+}
+
+fn sandbox_check(sandbox: &Sandbox) -> Check {
+    Check { doubtful: !sandbox.is_complete(), ..check("sandbox", Ok(sandbox.to_string())) }
+}
+
+async fn load_the_built_in_model(context: &Context) -> Result<(String, Option<Sandbox>), String> {
+    let text = |error: &dyn std::fmt::Display| error.to_string();
     let mut file = tempfile::tempfile_in(context.data.path()).map_err(|error| text(&error))?;
     std::io::Write::write_all(&mut file, tiny_model::BYTES).map_err(|error| text(&error))?;
     let artifact = VerifiedArtifact {
@@ -159,11 +174,12 @@ async fn engine(context: &Context) -> Result<String, String> {
     };
     let runtime = process_runtime().map_err(|error| text(&error))?;
     // The same options as a worker's, so that a GPU is tested too.
-    let options = LoadOptions { threads: 1, gpu_layers: None, ..LoadOptions::default() };
+    let sandbox = context.settings.worker.engine_sandbox;
+    let options = LoadOptions { threads: 1, gpu_layers: None, sandbox, ..LoadOptions::default() };
     let loaded = runtime.load(artifact, options, no_progress()).await.map_err(|error| text(&error))?;
     let detail = runtime.describe().detail;
     runtime.unload(loaded.id).await.map_err(|error| text(&error))?;
-    Ok(format!("loads the built-in model; {detail}"))
+    Ok((detail, loaded.sandbox))
 }
 
 async fn api_key(client: &GatewayClient) -> Result<String, String> {
@@ -222,6 +238,7 @@ fn port(context: &Context) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use engine::Target;
     use protocol::control::FleetWorker;
 
     use super::*;
@@ -242,6 +259,19 @@ mod tests {
         let check = models(Err("no worker has a model ready".into()), &fleet);
         assert!(!check.well && check.detail.contains("bad@1.0"), "{check:?}");
         assert_eq!(models(Ok(()), &Fleet::default()).detail, "a model is ready");
+    }
+
+    #[test]
+    fn a_sandbox_with_gaps_deserves_attention_and_says_what_is_missing() {
+        let closed = vec![Target::Network, Target::Processes];
+        let on = |gaps| Sandbox::On { closed: closed.clone(), gaps, means: vec!["seccomp".into()] };
+        let whole = sandbox_check(&on(vec![]));
+        assert!(whole.well && !whole.doubtful);
+        assert_eq!(whole.detail, "no network, no other processes (seccomp)");
+        let gap = sandbox_check(&on(vec!["files within reach: this kernel has no Landlock".into()]));
+        assert!(gap.well && gap.doubtful && gap.detail.ends_with("no Landlock"), "{gap:?}");
+        let off = sandbox_check(&Sandbox::Off);
+        assert!(off.doubtful && off.detail.contains("worker.engine_sandbox"), "{off:?}");
     }
 
     #[test]

@@ -5,15 +5,8 @@ use super::Outcome;
 /// Serves the worker at the other end of the pipe.
 #[cfg(feature = "llama")]
 pub(super) fn run() -> anyhow::Result<Outcome> {
-    use anyhow::Context as _;
-
     observability::logs::init(observability::logs::LogFormat::Pretty, "warn")?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .context("no async runtime")?;
-    runtime.block_on(engine::process::serve_child(engine::LlamaRuntime::new()))?;
+    engine::process::serve_child(engine::LlamaRuntime::new())?;
     Ok(Outcome::Well)
 }
 

@@ -1,25 +1,45 @@
-//! An engine process for tests: `engine-host llama`, or `engine-host mock [name=number]…`.
+//! An engine process for tests: `engine-host llama`, `engine-host mock [name=number]…`, or `engine-host captured llama`,
+//! which attempts to get out of its sandbox.
 //!
 //! The shipped program offers the same through a hidden subcommand.
 
 use std::process::ExitCode;
 use std::time::Duration;
 
+#[cfg(target_os = "linux")]
+use tether_engine::process::ServeError;
 use tether_engine::process::serve_child;
 use tether_engine::{MockOptions, MockRuntime};
 
+#[cfg(target_os = "linux")]
+#[path = "engine_host/captured.rs"]
+mod captured;
+
+#[cfg(target_os = "linux")]
+use captured::Captured;
+
 fn main() -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    let Ok(runtime) = runtime else { return ExitCode::FAILURE };
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let kind = arguments.first().map(String::as_str);
     let served = match kind {
+        #[cfg(target_os = "linux")]
+        Some("captured") => captured(arguments.get(1).map(String::as_str)),
         #[cfg(feature = "llama")]
-        Some("llama") => runtime.block_on(serve_child(tether_engine::LlamaRuntime::new())),
-        Some("mock") => runtime.block_on(serve_child(MockRuntime::new(mock_options(&arguments[1..])))),
+        Some("llama") => serve_child(tether_engine::LlamaRuntime::new()),
+        Some("mock") => serve_child(MockRuntime::new(mock_options(&arguments[1..]))),
         _ => return ExitCode::from(2),
     };
     if served.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Serves a runtime that a malicious model has taken over.
+#[cfg(target_os = "linux")]
+fn captured(kind: Option<&str>) -> Result<(), ServeError> {
+    match kind {
+        #[cfg(feature = "llama")]
+        Some("llama") => serve_child(Captured(tether_engine::LlamaRuntime::new())),
+        _ => serve_child(Captured(MockRuntime::new(MockOptions::default()))),
+    }
 }
 
 fn mock_options(arguments: &[String]) -> MockOptions {

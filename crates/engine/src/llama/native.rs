@@ -18,7 +18,9 @@ mod vocabulary;
 use std::collections::BTreeSet;
 use std::ffi::CStr;
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::io::{self, Seek as _};
+use std::os::fd::{AsRawFd, IntoRawFd as _};
+use std::ptr::NonNull;
 use std::sync::OnceLock;
 
 use llama_cpp_sys_2 as sys;
@@ -147,6 +149,34 @@ unsafe fn text(pointer: *const std::ffi::c_char) -> String {
     }
     // SAFETY: the caller guarantees it.
     unsafe { CStr::from_ptr(pointer) }.to_string_lossy().into_owned()
+}
+
+/// C's view of an open file, from its beginning. The file's position moves with it.
+struct Stream(NonNull<libc::FILE>);
+
+impl Stream {
+    fn over(file: &File) -> io::Result<Self> {
+        let mut file = file.try_clone()?;
+        file.rewind()?;
+        // SAFETY: the descriptor is open, and the mode is a zero-terminated string.
+        let stream = unsafe { libc::fdopen(file.as_raw_fd(), c"rb".as_ptr()) };
+        let stream = NonNull::new(stream).ok_or_else(io::Error::last_os_error)?;
+        // The stream closes the descriptor.
+        let _ = file.into_raw_fd();
+        Ok(Self(stream))
+    }
+
+    /// llama.cpp's bindings do not know what a C stream consists of.
+    fn as_ptr(&self) -> *mut std::ffi::c_void {
+        self.0.as_ptr().cast()
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: `over` opened it, and nothing uses it any more.
+        unsafe { libc::fclose(self.0.as_ptr()) };
+    }
 }
 
 /// Returns a path to an open descriptor, so that the file that is read is the one that was verified.

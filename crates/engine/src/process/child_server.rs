@@ -1,7 +1,7 @@
 //! The engine process: serves one model of any runtime to the worker that started it.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
@@ -9,18 +9,22 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::net::UnixStream;
+use tokio::runtime::Builder;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::frame::{Query, Reply, ToChild, ToParent, encode};
+use super::frame::{self, Query, Reply, ToChild, ToParent, encode};
 use super::pipe::{FRAMES_MAX, FrameReader, PipeError, write_frames};
+use super::sandbox::{self, Needs, Sandbox};
 use super::{CREDIT, handover, host_memory, memory_limit, preflight, resource_limits};
+use crate::hardware::{self, Device, Hardware};
 use crate::model_runtime::{
     EmbedRequest, EngineError, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, ModelRuntime, ProgressSink,
     VerifiedArtifact,
 };
+use crate::own_process;
 
 /// The interval between load reports while the model is busy.
 const STATE_EVERY: Duration = Duration::from_millis(100);
@@ -33,6 +37,9 @@ pub enum ServeError {
     /// The process was not started by a `ProcessRuntime`.
     #[error("the standard streams are not those of an engine process: {0}")]
     Streams(#[source] io::Error),
+    /// No thread could be started.
+    #[error("the threads of the engine process could not be started: {0}")]
+    Threads(#[source] io::Error),
     /// The worker sent a malformed message.
     #[error("the worker cannot be understood: {0}")]
     Protocol(String),
@@ -42,10 +49,22 @@ pub enum ServeError {
 /// frames.
 ///
 /// If the worker is gone, the whole process is killed at once, even in the middle of a decode.
-pub async fn serve_child(runtime: impl ModelRuntime) -> Result<(), ServeError> {
+///
+/// Call it before any other thread is started. It first starts the runtime's drivers, then waits for the model's files,
+/// and closes the sandbox before anything is read of them.
+pub fn serve_child(runtime: impl ModelRuntime) -> Result<(), ServeError> {
     resource_limits::lower();
     let (files, socket) = standard_streams().map_err(ServeError::Streams)?;
-    match serve(Arc::new(runtime), files, socket).await {
+    let hardware = start_drivers(&runtime)?;
+    let hello = ToParent::Hello { info: runtime.describe(), hardware };
+    let Some(load) = greet(&hello, &files, &socket)? else { return Ok(()) };
+    let work = Work { available_bytes: host_memory::available_bytes(), sandbox: close_sandbox(&load, &hello), load };
+    let threads = Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(ServeError::Threads)?;
+    let served = threads.block_on(async {
+        socket.set_nonblocking(true)?;
+        serve(Arc::new(runtime), files, UnixStream::from_std(socket)?, work).await
+    });
+    match served {
         Ok(End::Unloaded) => Ok(()),
         Ok(End::WorkerGone) => {
             // An orderly exit would wait for the decode, or free memory that it uses.
@@ -56,16 +75,70 @@ pub async fn serve_child(runtime: impl ModelRuntime) -> Result<(), ServeError> {
     }
 }
 
-fn standard_streams() -> io::Result<(StdUnixStream, UnixStream)> {
+fn standard_streams() -> io::Result<(StdUnixStream, StdUnixStream)> {
     let files = StdUnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let socket = StdUnixStream::from(io::stdout().as_fd().try_clone_to_owned()?);
     for stream in [&files, &socket] {
         stream.local_addr()?;
-        stream.set_nonblocking(true)?;
     }
+    files.set_nonblocking(true)?;
     // Nothing that prints to standard output later may get between the frames.
     rustix::stdio::dup2_stdout(io::stderr())?;
-    Ok((files, UnixStream::from_std(socket)?))
+    Ok((files, socket))
+}
+
+/// Has the runtime load its backends and open its devices, on this thread.
+fn start_drivers(runtime: &impl ModelRuntime) -> Result<Hardware, ServeError> {
+    let thread = Builder::new_current_thread().build().map_err(ServeError::Threads)?;
+    Ok(thread.block_on(runtime.hardware()))
+}
+
+/// What the worker asked this process to load.
+struct Load {
+    options: LoadOptions,
+    artifact: VerifiedArtifact,
+}
+
+/// What this process serves, and what it found out before it closed its sandbox.
+struct Work {
+    load: Load,
+    sandbox: Sandbox,
+    /// The memory that the machine can spare.
+    available_bytes: Option<u64>,
+}
+
+/// Says hello and waits for the model. Returns `None` if there is nothing to load.
+fn greet(hello: &ToParent, files: &StdUnixStream, mut socket: &StdUnixStream) -> Result<Option<Load>, ServeError> {
+    let protocol = |error: &dyn std::error::Error| ServeError::Protocol(error.to_string());
+    let hello = encode(hello).map_err(|error| protocol(&error))?;
+    // If the worker is gone, there is nothing to read either.
+    let _ = socket.write_all(&hello);
+    let Some(message) = frame::read(&mut socket).map_err(|error| protocol(&error))? else { return Ok(None) };
+    match message {
+        ToChild::Load { options, files: infos } => {
+            let artifact = handover::receive(files, &infos).map_err(|error| protocol(&error))?;
+            Ok(Some(Load { options, artifact: handover::reopened(artifact) }))
+        }
+        ToChild::Unload => Ok(None),
+        _ => Err(ServeError::Protocol("the first message is not to load a model".into())),
+    }
+}
+
+/// Closes the sandbox, unless it is turned off.
+fn close_sandbox(load: &Load, hello: &ToParent) -> Sandbox {
+    if !load.options.sandbox {
+        return Sandbox::Off;
+    }
+    // Both are needed later, when no file can be opened.
+    own_process::open();
+    hardware::cores();
+    let Load { artifact, .. } = load;
+    let files = match artifact.parts.as_slice() {
+        [] => Vec::new(),
+        parts => std::iter::once(artifact).chain(parts).map(|part| &part.file).collect(),
+    };
+    let drivers = matches!(hello, ToParent::Hello { hardware, .. } if hardware.devices.iter().any(Device::is_gpu));
+    sandbox::close(&Needs { files, drivers })
 }
 
 /// How serving ended normally.
@@ -92,7 +165,12 @@ struct Call {
     credit: Arc<Semaphore>,
 }
 
-async fn serve<R: ModelRuntime>(runtime: Arc<R>, files: StdUnixStream, socket: UnixStream) -> Result<End, PipeError> {
+async fn serve<R: ModelRuntime>(
+    runtime: Arc<R>,
+    files: StdUnixStream,
+    socket: UnixStream,
+    work: Work,
+) -> Result<End, PipeError> {
     let (reading, writing) = socket.into_split();
     let (outgoing, queue) = mpsc::channel(FRAMES_MAX);
     let tasks = TaskTracker::new();
@@ -101,18 +179,14 @@ async fn serve<R: ModelRuntime>(runtime: Arc<R>, files: StdUnixStream, socket: U
     let writer = tasks.spawn(write_frames(queue, writing));
     let server =
         Arc::new(Server { runtime, model: Mutex::default(), calls: Mutex::default(), outgoing, busy: Notify::new() });
-    let (info, hardware) = (server.runtime.describe(), server.runtime.hardware().await);
-    server.tell(&ToParent::Hello { info, hardware }).await;
+    tasks.spawn(Arc::clone(&server).load(work));
     tasks.spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&server).report()));
 
     let mut frames = FrameReader::new(reading);
     let end = loop {
         let Some(message) = frames.next().await? else { break End::WorkerGone };
         match message {
-            ToChild::Load { options, files: infos } => {
-                let artifact = handover::receive(&files, &infos)?;
-                tasks.spawn(Arc::clone(&server).load(artifact, options));
-            }
+            ToChild::Load { .. } => return Err(io::Error::other("it sent a second model").into()),
             ToChild::Generate { id, request } => {
                 let call = server.enter(id);
                 tasks.spawn(Arc::clone(&server).generate(id, *request, call));
@@ -179,7 +253,7 @@ impl<R: ModelRuntime> Server<R> {
         }
     }
 
-    async fn load(self: Arc<Self>, artifact: VerifiedArtifact, options: LoadOptions) {
+    async fn load(self: Arc<Self>, work: Work) {
         let outgoing = self.outgoing.clone();
         let progress = Box::new(move |share| {
             // A report that does not fit the queue is superseded by the next one.
@@ -187,7 +261,7 @@ impl<R: ModelRuntime> Server<R> {
                 let _ = outgoing.try_send(frame);
             }
         });
-        match self.load_within_limits(artifact, options, progress).await {
+        match self.load_within_limits(work, progress).await {
             Ok(model) => {
                 *self.model.lock() = Some(model.clone());
                 match self.state() {
@@ -199,18 +273,17 @@ impl<R: ModelRuntime> Server<R> {
         }
     }
 
-    async fn load_within_limits(
-        &self,
-        artifact: VerifiedArtifact,
-        options: LoadOptions,
-        progress: ProgressSink,
-    ) -> Result<LoadedModel, EngineError> {
+    async fn load_within_limits(&self, work: Work, progress: ProgressSink) -> Result<LoadedModel, EngineError> {
+        let Work { load: Load { options, artifact }, sandbox, available_bytes: available } = work;
+        // The header is read within the limit as well.
+        let before = memory_limit::limit_growth(preflight::TRIAL_BYTES_MAX);
         preflight::try_template(&artifact.file).await?;
-        let available = host_memory::available_bytes();
         let (options, plan) = preflight::fit(&*self.runtime, &artifact, options, available).await?;
         let growth = preflight::growth(&plan, options.memory_max_bytes, available)?;
+        memory_limit::restore(before);
         memory_limit::limit_growth(growth);
-        self.runtime.load(artifact, options, progress).await
+        let model = self.runtime.load(artifact, options, progress).await?;
+        Ok(LoadedModel { sandbox: Some(sandbox), ..model })
     }
 
     fn enter(&self, id: u64) -> Call {

@@ -19,8 +19,26 @@ const NAMES: [&str; 7] = [
 
 /// Beginnings of further variables: of the dynamic linker, ggml, OpenMP, allocators and GPU drivers.
 const PREFIXES: [&str; 20] = [
-    "AMD_", "CUDA_", "GGML_", "GOMP_", "GPU_", "HIP_", "HSA_", "LD_", "MALLOC_", "MESA_", "MIMALLOC_", "OMP_", "ONEAPI_",
-    "RADV_", "ROCR_", "SYCL_", "UR_", "VK_", "ZES_", "ZE_",
+    "AMD_",
+    "CUDA_",
+    "GGML_",
+    "GOMP_",
+    "GPU_",
+    "HIP_",
+    "HSA_",
+    "LD_",
+    "MALLOC_",
+    "MESA_",
+    "MIMALLOC_",
+    "OMP_",
+    "ONEAPI_",
+    "RADV_",
+    "ROCR_",
+    "SYCL_",
+    "UR_",
+    "VK_",
+    "ZES_",
+    "ZE_",
 ];
 
 /// Words in the names of secrets, whatever they begin with.

@@ -1,5 +1,7 @@
 //! The frames between a worker and its engine processes: a length (4 bytes, little endian), then that much JSON.
 
+use std::io::{self, ErrorKind, Read};
+
 use bytes::{Buf, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -149,6 +151,9 @@ pub enum FrameError {
     /// The frame does not contain the expected message.
     #[error("a frame cannot be read")]
     Malformed(#[from] serde_json::Error),
+    /// The stream failed.
+    #[error("a frame did not arrive")]
+    Stream(#[from] io::Error),
 }
 
 /// Encodes a message as a frame.
@@ -175,6 +180,22 @@ pub fn decode<T: DeserializeOwned>(buffer: &mut BytesMut) -> Result<Option<T>, F
     }
     buffer.advance(LENGTH_BYTES);
     let body = buffer.split_to(bytes);
+    Ok(Some(serde_json::from_slice(&body)?))
+}
+
+/// Reads one message and not a byte more. Returns `None` if the stream ends instead.
+pub(super) fn read<T: DeserializeOwned>(stream: &mut impl Read) -> Result<Option<T>, FrameError> {
+    let mut length = [0; LENGTH_BYTES];
+    match stream.read_exact(&mut length) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
+        other => other?,
+    }
+    let bytes = u32::from_le_bytes(length) as usize;
+    if bytes > FRAME_BYTES_MAX {
+        return Err(FrameError::TooLong { bytes });
+    }
+    let mut body = vec![0; bytes];
+    stream.read_exact(&mut body)?;
     Ok(Some(serde_json::from_slice(&body)?))
 }
 

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::net::{
@@ -67,6 +67,13 @@ pub fn receive(socket: &UnixStream, infos: &[FileInfo]) -> io::Result<VerifiedAr
     let mut verified = files.into_iter().zip(infos).map(verified);
     let first = verified.next().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no file came"))?;
     Ok(VerifiedArtifact { parts: verified.collect(), ..first })
+}
+
+/// Opens the files anew, so that each has a position of its own: the worker may read through the descriptors it sent.
+/// A file that cannot be opened by its descriptor's path is kept as it came.
+pub(super) fn reopened(artifact: VerifiedArtifact) -> VerifiedArtifact {
+    let file = File::open(format!("/proc/self/fd/{}", artifact.file.as_raw_fd())).unwrap_or(artifact.file);
+    VerifiedArtifact { file, parts: artifact.parts.into_iter().map(reopened).collect(), ..artifact }
 }
 
 fn files(artifact: &VerifiedArtifact) -> impl Iterator<Item = &VerifiedArtifact> {

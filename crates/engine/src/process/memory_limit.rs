@@ -8,9 +8,9 @@
 //! The limit is on private writable memory (`RLIMIT_DATA`), from which allocations come. A limit on the address space
 //! would also count the mapped weights and the tens of GiB that GPU drivers reserve at the first decode.
 
-use std::fs;
-
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::own_process;
 
 /// Allows the process `bytes` more memory than it has, and returns the previous limit.
 ///
@@ -39,6 +39,6 @@ pub(super) fn restore(before: Option<Rlimit>) {
 
 /// Returns the private writable memory of this process, including its stacks.
 fn data_bytes() -> Option<u64> {
-    let pages: u64 = fs::read_to_string("/proc/self/statm").ok()?.split(' ').nth(5)?.parse().ok()?;
-    Some(pages.saturating_mul(rustix::param::page_size() as u64))
+    let pages: u64 = own_process::sizes()?.split(' ').nth(5)?.parse().ok()?;
+    Some(pages.saturating_mul(own_process::page_bytes()))
 }

@@ -5,7 +5,6 @@ use std::time::{Duration, SystemTime};
 
 use tokio::{task, time};
 
-use super::memory_limit;
 use crate::chat_template::ChatTemplate;
 use crate::gguf::Header;
 use crate::memory_plan;
@@ -13,8 +12,8 @@ use crate::model_runtime::{
     Chat, EngineError, LoadOptions, MemoryPlan, Message, ModelRuntime, Role, Tool, VerifiedArtifact,
 };
 
-/// The maximum memory for rendering short conversations with a model's template.
-const TRIAL_BYTES_MAX: u64 = 1 << 30;
+/// The maximum memory for reading a model's header and rendering short conversations with its template.
+pub(super) const TRIAL_BYTES_MAX: u64 = 1 << 30;
 /// The time limit for that. A sound template takes a thousandth of it.
 const TRIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Memory that the process may take beyond its plan: for tokenising prompts, for adapters, for templates that are
@@ -64,16 +63,15 @@ pub(super) fn growth(plan: &MemoryPlan, max: Option<u64>, available: Option<u64>
     })
 }
 
-/// Renders short conversations with the template in a model's file, with limits on memory and time.
+/// Renders short conversations with the template in a model's file, within a limited time.
 ///
-/// A template that takes too much memory ends the process before the model takes any; the worker then blames the
+/// Call it within [`TRIAL_BYTES_MAX`]: a template that takes too much memory ends the process before the model takes any; the worker then blames the
 /// model. The runtime finds all other faults in the file.
 pub(super) async fn try_template(file: &File) -> Result<(), EngineError> {
     let too_much = |what: &str| EngineError::InvalidModel { reason: format!("its chat template {what}") };
     let file = file.try_clone().map_err(|error| EngineError::Failed { reason: error.to_string() })?;
     let trial = task::spawn_blocking(move || {
         let Ok(header) = Header::read(&file) else { return };
-        let before = memory_limit::limit_growth(TRIAL_BYTES_MAX);
         // It does not matter here whether the template compiles or rejects the conversations.
         if let Ok(template) = ChatTemplate::of_model(&header) {
             let render = |roles: &[Role], tools: &[Tool]| {
@@ -84,7 +82,6 @@ pub(super) async fn try_template(file: &File) -> Result<(), EngineError> {
             render(&[Role::System, Role::User, Role::Assistant, Role::User], &[]);
             render(&[Role::User], &[Tool { name: "greet".into(), description: None, parameters: None }]);
         }
-        memory_limit::restore(before);
     });
     match time::timeout(TRIAL_TIMEOUT, trial).await {
         Ok(Ok(())) => Ok(()),

@@ -1,7 +1,8 @@
 //! Limits what an engine process may take besides memory.
 //!
 //! The number of processes is not limited here: `RLIMIT_NPROC` counts all processes and threads of a user, is not
-//! enforced for root, and would keep a busy user's engine from starting its threads.
+//! enforced for root, and would keep a busy user's engine from starting its threads. The sandbox refuses to start
+//! processes instead.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 

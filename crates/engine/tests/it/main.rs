@@ -36,6 +36,8 @@ mod quantized_model;
 mod random_model;
 #[cfg(feature = "remote")]
 mod remote;
+#[cfg(all(feature = "llama", target_os = "linux"))]
+mod sandbox;
 
 use std::fs::File;
 use std::io::Write;

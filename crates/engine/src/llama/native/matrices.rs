@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 use std::ptr::{self, NonNull};
-use std::{fs, slice};
+use std::slice;
 
 use kernels::{Attention, LANES, Matrix, Quantization};
 use llama_cpp_sys_2 as sys;
 use rustix::mm::{Advice, madvise};
+
+use crate::own_process;
 
 /// The number of bytes packed before their source pages are released.
 const PART_BYTES: usize = 4 << 20;
@@ -127,7 +129,7 @@ unsafe extern "C" fn pack(kind: u32, columns: usize, rows: usize, source: *const
 
 /// Returns whether an address belongs to a file mapping.
 fn is_of_file(address: usize) -> bool {
-    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let maps = own_process::mappings().unwrap_or_default();
     maps.lines().any(|line| {
         let mut fields = line.split_ascii_whitespace();
         let range = fields.next().and_then(|range| range.split_once('-'));

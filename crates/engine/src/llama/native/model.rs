@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
 
-use super::{Vocabulary, complaint, log, path_of, start};
+use super::{Stream, Vocabulary, complaint, log, path_of, start};
 
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct ModelOptions {
@@ -15,6 +15,8 @@ pub(crate) struct ModelOptions {
     pub(crate) gpu_layers: u32,
     /// Loads only the vocabulary.
     pub(crate) vocabulary_only: bool,
+    /// Reads the weights into memory instead of mapping the file.
+    pub(crate) without_mmap: bool,
     /// Uses only ggml's own kernels.
     pub(crate) without_kernels: bool,
 }
@@ -67,19 +69,27 @@ impl Model {
             unsafe { (*progress.cast::<F>())(share) }
         }
         start();
+        // A single file is passed open. The parts of a split model can only be named.
+        let stream = match files {
+            [file] => Some(Stream::over(file).map_err(|error| format!("the file cannot be read: {error}"))?),
+            _ => None,
+        };
         let paths: Vec<_> = files.iter().map(|file| path_of(file)).collect();
         let mut paths: Vec<*const c_char> = paths.iter().map(|path| path.as_ptr()).collect();
         let _ = log::take_errors();
-        // SAFETY: paths and closure live until the load returns, and llama.cpp does not keep them.
+        // SAFETY: stream, paths and closure live until the load returns, and llama.cpp does not keep them.
         let load = || unsafe {
             let mut parameters = sys::llama_model_default_params();
             parameters.n_gpu_layers = i32::try_from(options.gpu_layers).unwrap_or(i32::MAX);
             parameters.vocab_only = options.vocabulary_only;
+            if options.without_mmap {
+                parameters.load_mode = sys::LLAMA_LOAD_MODE_NONE;
+            }
             parameters.progress_callback = Some(report::<F>);
             parameters.progress_callback_user_data = (&raw mut progress).cast();
-            match paths.as_mut_slice() {
-                [path] => sys::llama_model_load_from_file(*path, parameters),
-                all => sys::llama_model_load_from_splits(all.as_mut_ptr(), all.len(), parameters),
+            match &stream {
+                Some(stream) => sys::llama_model_load_from_file_ptr(stream.as_ptr(), parameters),
+                None => sys::llama_model_load_from_splits(paths.as_mut_ptr(), paths.len(), parameters),
             }
         };
         #[cfg(matrices)]
@@ -165,10 +175,10 @@ impl Adapter {
     /// Loads an adapter from its open file. Only the engine's thread may load and drop adapters, because the model
     /// keeps a list of them.
     pub(crate) fn load(model: &Arc<Model>, file: &File) -> Result<Self, String> {
-        let path = path_of(file);
+        let stream = Stream::over(file).map_err(|error| format!("the file cannot be read: {error}"))?;
         let _ = log::take_errors();
-        // SAFETY: the path lives for the call.
-        let pointer = unsafe { sys::llama_adapter_lora_init(model.as_ptr(), path.as_ptr()) };
+        // SAFETY: the stream lives for the call, and llama.cpp does not keep it.
+        let pointer = unsafe { sys::llama_adapter_lora_init_from_file_ptr(model.as_ptr(), stream.as_ptr()) };
         let pointer = NonNull::new(pointer).ok_or_else(|| complaint("llama.cpp refuses the adapter"))?;
         Ok(Self { pointer, _model: Arc::clone(model) })
     }

@@ -52,6 +52,7 @@ impl ModelRuntime for Numbers {
             pid: None,
             abilities,
             placement: DevicePlacement::default(),
+            sandbox: None,
         })
     }
 
@@ -127,12 +128,11 @@ impl Worker {
         let (ours, theirs) = UnixStream::pair().expect("sockets work");
         let runtime = Arc::new(Numbers::default());
         let tasks = TaskTracker::new();
-        tasks.spawn(serve(Arc::clone(&runtime), their_files, theirs));
+        let load = Load { options: LoadOptions::default(), artifact: file("model") };
+        let work = Work { load, sandbox: Sandbox::Off, available_bytes: None };
+        tasks.spawn(serve(Arc::clone(&runtime), their_files, theirs, work));
         let (reading, writing): (OwnedReadHalf, _) = ours.into_split();
         let mut worker = Self { files, reading: FrameReader::new(reading), writing, runtime, tasks };
-        let model = file("model");
-        handover::send(&worker.files, &model).expect("there is room");
-        worker.say(ToChild::Load { options: LoadOptions::default(), files: handover::describe(&model) }).await;
         worker.hear(|message| matches!(message, ToParent::Loaded { .. })).await;
         worker
     }

@@ -1,0 +1,143 @@
+//! A runtime that a malicious model has taken over, for tests of the sandbox. Only the test program has it.
+
+#![allow(unsafe_code)]
+
+use std::ffi::OsStr;
+use std::io::{self, Error};
+use std::net::{TcpStream, UdpSocket};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+use std::{env, fs, thread};
+
+use async_trait::async_trait;
+use tether_engine::hardware::Hardware;
+use tether_engine::{
+    AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
+    LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
+};
+
+/// Attempts what it is asked to count the tokens of, if that is `attempt NAME ARGUMENT`, and otherwise works as the
+/// runtime in it. An attempt that succeeds counts as one token.
+pub(super) struct Captured<R>(pub(super) R);
+
+#[async_trait]
+impl<R: ModelRuntime> ModelRuntime for Captured<R> {
+    fn describe(&self) -> RuntimeInfo {
+        self.0.describe()
+    }
+
+    async fn hardware(&self) -> Hardware {
+        self.0.hardware().await
+    }
+
+    async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
+        self.0.estimate(artifact, options).await
+    }
+
+    async fn load(
+        &self,
+        artifact: VerifiedArtifact,
+        options: LoadOptions,
+        progress: ProgressSink,
+    ) -> Result<LoadedModel, EngineError> {
+        self.0.load(artifact, options, progress).await
+    }
+
+    async fn add_adapter(&self, model: ModelId, artifact: VerifiedArtifact) -> Result<AdapterId, EngineError> {
+        self.0.add_adapter(model, artifact).await
+    }
+
+    async fn remove_adapter(&self, model: ModelId, adapter: AdapterId) -> Result<(), EngineError> {
+        self.0.remove_adapter(model, adapter).await
+    }
+
+    async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
+        self.0.unload(model).await
+    }
+
+    async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
+        self.0.generate(request).await
+    }
+
+    async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
+        self.0.embed(request).await
+    }
+
+    async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {
+        let attempted = match input {
+            PromptInput::Text(text) => text.strip_prefix("attempt ").and_then(|words| words.split_once(' ')),
+            _ => None,
+        };
+        let Some((name, argument)) = attempted else { return self.0.count_tokens(model, input).await };
+        let (name, argument) = (name.to_owned(), argument.to_owned());
+        // What a traced process is attached to ends with its thread.
+        let attempt = thread::spawn(move || attempt(&name, &argument)).join();
+        match attempt.unwrap_or_else(|_| Err(Error::other("it panicked"))) {
+            Ok(()) => Ok(1),
+            Err(error) => Err(EngineError::Failed { reason: error.to_string() }),
+        }
+    }
+
+    fn load_state(&self) -> Vec<LoadSnapshot> {
+        self.0.load_state()
+    }
+}
+
+fn attempt(name: &str, argument: &str) -> io::Result<()> {
+    match name {
+        "environment" if env::var_os(argument).is_some() => Ok(()),
+        "environment" => Err(Error::other("it is not set")),
+        "read" => fs::read(argument).map(drop),
+        "list" => fs::read_dir(argument).map(drop),
+        "write" => fs::write(argument, "written"),
+        "mode" => fs::set_permissions(argument, fs::metadata(argument)?.permissions()),
+        "tcp" => TcpStream::connect(argument).map(drop),
+        "udp" => UdpSocket::bind("127.0.0.1:0")?.send_to(b"hello", argument).map(drop),
+        "unix" => UnixStream::connect(OsStr::from_bytes(argument.as_bytes())).map(drop),
+        "execute" => Err(Command::new(argument).exec()),
+        "spawn" => Command::new(argument).status().map(drop),
+        "fork" => fork(),
+        "trace" => trace(pid(argument)?),
+        // SAFETY: a process that runs ignores the signal.
+        "signal" => check(unsafe { libc::kill(pid(argument)?, libc::SIGCONT) }),
+        // SAFETY: the call makes a descriptor and reads no memory.
+        "handle" => check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid(argument)?, 0) } as i32),
+        "ring" => ring(),
+        _ => Err(Error::other("there is no such attempt")),
+    }
+}
+
+fn pid(argument: &str) -> io::Result<libc::pid_t> {
+    argument.parse().map_err(Error::other)
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result < 0 { Err(Error::last_os_error()) } else { Ok(()) }
+}
+
+fn fork() -> io::Result<()> {
+    // SAFETY: the child does nothing but end.
+    unsafe {
+        let child = libc::fork();
+        if child == 0 {
+            libc::_exit(0);
+        }
+        check(child)?;
+        check(libc::waitpid(child, std::ptr::null_mut(), 0))
+    }
+}
+
+fn trace(process: libc::pid_t) -> io::Result<()> {
+    let nothing = std::ptr::null_mut::<libc::c_void>();
+    // SAFETY: seizing stops nothing and writes no memory.
+    check(unsafe { libc::ptrace(libc::PTRACE_SEIZE, process, nothing, nothing) } as i32)
+}
+
+/// Makes an asynchronous queue, through which other calls can be made past a filter.
+fn ring() -> io::Result<()> {
+    let mut parameters = [0_u8; 120];
+    // SAFETY: the parameters have the size that the kernel writes.
+    check(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, parameters.as_mut_ptr()) } as i32)
+}

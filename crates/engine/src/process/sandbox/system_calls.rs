@@ -1,0 +1,225 @@
+//! The seccomp filter: which system calls an engine process may make.
+//!
+//! Without a GPU, the calls are known, so all others are refused ([`allowed`]). Drivers of GPUs make calls that change
+//! with each version, so with a GPU only those are refused that lead out of the process ([`refused`]).
+
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+use super::Needs;
+
+/// Which calls a filter means: those with any arguments, or those for which all conditions of one rule hold.
+type Calls = BTreeMap<c_long, Vec<SeccompRule>>;
+
+/// Filters this thread and all others for good.
+pub(super) fn close(needs: &Needs<'_>) -> Result<(), String> {
+    let arch = TargetArch::try_from(std::env::consts::ARCH)
+        .map_err(|_| "seccomp filters are made for x86-64, ARM64 and RISC-V only".to_owned())?;
+    let filters = filters(needs, std::process::id(), arch).map_err(|error| error.to_string())?;
+    filters.iter().try_for_each(|filter| seccompiler::apply_filter_all_threads(filter)).map_err(|error| match error {
+        seccompiler::Error::Seccomp(cause) | seccompiler::Error::Prctl(cause) => {
+            format!("this kernel takes no seccomp filter ({cause})")
+        }
+        other => format!("seccomp fails: {other}"),
+    })
+}
+
+fn filters(needs: &Needs<'_>, pid: u32, arch: TargetArch) -> Result<[BpfProgram; 2], BackendError> {
+    let refusal = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    let filter = if needs.drivers {
+        SeccompFilter::new(refused(pid)?, SeccompAction::Allow, refusal, arch)?
+    } else {
+        SeccompFilter::new(allowed(needs, pid)?, refusal, SeccompAction::Allow, arch)?
+    };
+    // The arguments of `clone3` lie in memory, where no filter sees them. As if the kernel did not have it, the C
+    // library uses `clone` instead.
+    let missing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    let clone3 = Calls::from([(libc::SYS_clone3, Vec::new())]);
+    let clone3 = SeccompFilter::new(clone3, SeccompAction::Allow, missing, arch)?;
+    Ok([clone3.try_into()?, filter.try_into()?])
+}
+
+/// Calls that only concern the process itself and the descriptors it has.
+#[rustfmt::skip]
+const HARMLESS: &[c_long] = &[
+    // Open descriptors.
+    libc::SYS_read, libc::SYS_write, libc::SYS_readv, libc::SYS_writev, libc::SYS_pread64, libc::SYS_pwrite64,
+    libc::SYS_preadv, libc::SYS_lseek, libc::SYS_close, libc::SYS_dup, libc::SYS_dup3, libc::SYS_fstat,
+    libc::SYS_newfstatat, libc::SYS_statx, libc::SYS_fadvise64, libc::SYS_pipe2, libc::SYS_eventfd2,
+    libc::SYS_epoll_create1, libc::SYS_epoll_ctl, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2, libc::SYS_ppoll,
+    libc::SYS_pselect6, libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_shutdown, libc::SYS_getsockopt,
+    libc::SYS_getsockname, libc::SYS_getpeername,
+    // Memory.
+    libc::SYS_mmap, libc::SYS_munmap, libc::SYS_mremap, libc::SYS_mprotect, libc::SYS_madvise, libc::SYS_mincore,
+    libc::SYS_brk,
+    // Threads.
+    libc::SYS_clone3, libc::SYS_futex, libc::SYS_set_robust_list, libc::SYS_get_robust_list, libc::SYS_rseq,
+    libc::SYS_membarrier, libc::SYS_set_tid_address, libc::SYS_sched_yield, libc::SYS_sched_getaffinity,
+    libc::SYS_sched_setaffinity, libc::SYS_getcpu, libc::SYS_exit, libc::SYS_exit_group, libc::SYS_restart_syscall,
+    // Signal handlers.
+    libc::SYS_rt_sigaction, libc::SYS_rt_sigprocmask, libc::SYS_rt_sigreturn, libc::SYS_sigaltstack,
+    // Clocks.
+    libc::SYS_clock_gettime, libc::SYS_clock_getres, libc::SYS_clock_nanosleep, libc::SYS_nanosleep,
+    libc::SYS_gettimeofday, libc::SYS_times,
+    // Facts.
+    libc::SYS_getpid, libc::SYS_gettid, libc::SYS_getppid, libc::SYS_getuid, libc::SYS_geteuid, libc::SYS_getgid,
+    libc::SYS_getegid, libc::SYS_getrusage, libc::SYS_getrandom, libc::SYS_uname, libc::SYS_sysinfo,
+];
+
+/// Older calls that newer processors do not have.
+#[cfg(target_arch = "x86_64")]
+#[rustfmt::skip]
+const HARMLESS_BEFORE: &[c_long] = &[
+    libc::SYS_arch_prctl, libc::SYS_dup2, libc::SYS_epoll_wait, libc::SYS_getrlimit, libc::SYS_poll, libc::SYS_select,
+    libc::SYS_setrlimit, libc::SYS_time,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const HARMLESS_BEFORE: &[c_long] = &[];
+
+/// Calls that lead to other processes, to files, to the network, or to rarely tested parts of the kernel.
+#[rustfmt::skip]
+const HARMFUL: &[c_long] = &[
+    // The network.
+    libc::SYS_socket, libc::SYS_connect, libc::SYS_bind, libc::SYS_listen, libc::SYS_accept, libc::SYS_accept4,
+    libc::SYS_sendmsg, libc::SYS_sendmmsg,
+    // These make other calls, which no filter sees.
+    libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register,
+    // Other processes.
+    libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace, libc::SYS_process_vm_readv, libc::SYS_process_vm_writev,
+    libc::SYS_process_madvise, libc::SYS_process_mrelease, libc::SYS_pidfd_open, libc::SYS_pidfd_getfd,
+    libc::SYS_pidfd_send_signal, libc::SYS_tkill, libc::SYS_rt_sigqueueinfo, libc::SYS_rt_tgsigqueueinfo,
+    libc::SYS_kcmp, libc::SYS_setpriority, libc::SYS_setns, libc::SYS_unshare, libc::SYS_shmget, libc::SYS_shmat,
+    libc::SYS_shmctl, libc::SYS_msgget, libc::SYS_semget, libc::SYS_mq_open, libc::SYS_mq_unlink,
+    // Files, where Landlock does not look.
+    libc::SYS_chroot, libc::SYS_pivot_root, libc::SYS_mount, libc::SYS_umount2, libc::SYS_move_mount,
+    libc::SYS_open_tree, libc::SYS_fsopen, libc::SYS_fsconfig, libc::SYS_fsmount, libc::SYS_fspick,
+    libc::SYS_mount_setattr, libc::SYS_name_to_handle_at, libc::SYS_open_by_handle_at, libc::SYS_fchmodat,
+    libc::SYS_fchownat, libc::SYS_setxattr, libc::SYS_lsetxattr, libc::SYS_removexattr, libc::SYS_utimensat,
+    libc::SYS_quotactl, libc::SYS_acct, libc::SYS_swapon, libc::SYS_swapoff, libc::SYS_fanotify_init,
+    // The kernel.
+    libc::SYS_bpf, libc::SYS_perf_event_open, libc::SYS_userfaultfd, libc::SYS_keyctl, libc::SYS_add_key,
+    libc::SYS_request_key, libc::SYS_init_module, libc::SYS_finit_module, libc::SYS_delete_module,
+    libc::SYS_kexec_load, libc::SYS_reboot, libc::SYS_syslog, libc::SYS_personality, libc::SYS_settimeofday,
+    libc::SYS_clock_settime, libc::SYS_adjtimex, libc::SYS_clock_adjtime, libc::SYS_sethostname,
+    libc::SYS_setdomainname, libc::SYS_setuid, libc::SYS_setgid, libc::SYS_setgroups, libc::SYS_capset,
+];
+
+/// Older calls that newer processors do not have.
+#[cfg(target_arch = "x86_64")]
+#[rustfmt::skip]
+const HARMFUL_BEFORE: &[c_long] = &[
+    libc::SYS_fork, libc::SYS_vfork, libc::SYS_chmod, libc::SYS_chown, libc::SYS_lchown, libc::SYS_utime,
+    libc::SYS_utimes, libc::SYS_iopl, libc::SYS_ioperm, libc::SYS_modify_ldt,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const HARMFUL_BEFORE: &[c_long] = &[];
+
+/// Returns the only calls that an engine on the processor may make.
+fn allowed(needs: &Needs<'_>, pid: u32) -> Result<Calls, BackendError> {
+    let mut calls: Calls = HARMLESS.iter().chain(HARMLESS_BEFORE).map(|call| (*call, Vec::new())).collect();
+    let own = || is(0, pid.into());
+    let unix = [is(0, libc::AF_UNIX as u64)?, masked(1, 0xf, libc::SOCK_STREAM as u64)?];
+    let namespaces = libc::CLONE_NEWNS
+        | libc::CLONE_NEWUSER
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP;
+    let thread = masked(0, (libc::CLONE_THREAD | namespaces) as u64, libc::CLONE_THREAD as u64);
+    calls.extend([
+        (libc::SYS_clone, vec![rule([thread?])?]),
+        (libc::SYS_kill, vec![rule([own()?])?]),
+        (libc::SYS_tgkill, vec![rule([own()?])?]),
+        // No address: the socket's peer gets it.
+        (libc::SYS_sendto, vec![rule([nowhere()?])?]),
+        (libc::SYS_socketpair, vec![rule(unix)?]),
+        (libc::SYS_prlimit64, vec![rule([is(0, 0)?])?]),
+        (libc::SYS_prctl, any(0, &[libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_VMA])?),
+        (libc::SYS_ioctl, any(1, &[libc::FIONBIO as i32, libc::FIOCLEX as i32, libc::TCGETS as i32])?),
+        (
+            libc::SYS_fcntl,
+            // Not `F_SETOWN`, which makes the kernel signal another process.
+            any(
+                1,
+                &[libc::F_DUPFD, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL],
+            )?,
+        ),
+    ]);
+    if !needs.files.is_empty() {
+        // Landlock says which files.
+        calls.insert(libc::SYS_openat, Vec::new());
+    }
+    Ok(calls)
+}
+
+/// Returns the calls that no engine may make.
+fn refused(pid: u32) -> Result<Calls, BackendError> {
+    let mut calls: Calls = HARMFUL.iter().chain(HARMFUL_BEFORE).map(|call| (*call, Vec::new())).collect();
+    let others = || SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, pid.into());
+    let addressed = SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Ne, 0);
+    calls.extend([
+        (libc::SYS_clone, vec![rule([masked(0, libc::CLONE_THREAD as u64, 0)?])?]),
+        (libc::SYS_kill, vec![rule([others()?])?]),
+        (libc::SYS_tgkill, vec![rule([others()?])?]),
+        (libc::SYS_sendto, vec![rule([addressed?])?]),
+        (
+            libc::SYS_prlimit64,
+            vec![rule([others()?, SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, 0)?])?],
+        ),
+    ]);
+    Ok(calls)
+}
+
+fn rule(conditions: impl Into<Vec<SeccompCondition>>) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(conditions.into())
+}
+
+fn is(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+}
+
+fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(mask), value)
+}
+
+/// An address of null.
+fn nowhere() -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)
+}
+
+/// Returns rules of which one holds if the argument is one of these values.
+fn any(argument: u8, values: &[i32]) -> Result<Vec<SeccompRule>, BackendError> {
+    values.iter().map(|value| rule([is(argument, u64::from(value.unsigned_abs()))?])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_filters_are_made_for_every_processor_of_a_release() {
+        for arch in [TargetArch::x86_64, TargetArch::aarch64] {
+            for drivers in [false, true] {
+                let filters = filters(&Needs { files: Vec::new(), drivers }, 7, arch).expect("it is sound");
+                assert!(filters.iter().all(|filter| !filter.is_empty()));
+            }
+        }
+    }
+
+    #[test]
+    fn no_call_that_leads_out_is_among_the_harmless() {
+        let allowed = allowed(&Needs::default(), 7).expect("it is sound");
+        let harmful = HARMFUL.iter().chain(HARMFUL_BEFORE);
+        assert_eq!(harmful.filter(|call| allowed.contains_key(call)).count(), 0);
+        assert!(!allowed.contains_key(&libc::SYS_openat));
+        for call in [libc::SYS_clone, libc::SYS_kill, libc::SYS_sendto, libc::SYS_fcntl, libc::SYS_ioctl] {
+            assert!(!allowed[&call].is_empty(), "{call} is allowed with any argument");
+        }
+    }
+}
