@@ -8,8 +8,11 @@ use std::process::Command;
 use tether_engine::gguf::{
     HEADER_BYTES_MAX, Header, ITEM_BYTES_MAX, KEPT_NUMBERS_MAX, KEY_BYTES_MAX, PAIRS_MAX, TENSORS_MAX,
 };
+use tether_engine::merge::merge;
+use tether_engine::{LoadOptions, ModelRuntime as _};
 
-use crate::TINY;
+use crate::process_runtime::host;
+use crate::{TINY, artifact};
 
 /// The file that the child reads.
 const FILE: &str = "TETHER_HEADER_FILE";
@@ -114,36 +117,55 @@ fn of_everything(path: &Path) -> io::Result<()> {
     head.bytes(&[0; 64]).map(drop)
 }
 
-#[test]
-fn no_header_takes_more_than_64_mib_whatever_it_says() {
-    type Write = fn(&Path) -> io::Result<()>;
-    let tiny: Write = |path| fs::copy(TINY, path).map(drop);
-    let written: [(&str, Write, bool); 9] = [
-        ("the tiny model", tiny, true),
-        ("empty tokens", empty_tokens, false),
-        ("long tokens", long_tokens, false),
-        ("long texts", long_texts, false),
-        ("long keys", long_keys, true),
-        ("small numbers", small_numbers, true),
-        ("many tensors", many_tensors, false),
-        ("texts that are skipped", skipped_texts, true),
-        ("something of everything", of_everything, true),
-    ];
+fn tiny(path: &Path) -> io::Result<()> {
+    fs::copy(TINY, path).map(drop)
+}
+
+type Make = fn(&Path) -> io::Result<()>;
+
+/// The worst headers, and whether they are read.
+const HEADERS: [(&str, Make, bool); 9] = [
+    ("the tiny model", tiny, true),
+    ("empty tokens", empty_tokens, false),
+    ("long tokens", long_tokens, false),
+    ("long texts", long_texts, false),
+    ("long keys", long_keys, true),
+    ("small numbers", small_numbers, true),
+    ("many tensors", many_tensors, false),
+    ("texts that are skipped", skipped_texts, true),
+    ("something of everything", of_everything, true),
+];
+
+/// Runs an ignored test of this program on each header, and returns the memory it took and how it went.
+fn taken_by(test: &str) -> impl Iterator<Item = (&'static str, bool, u64, String)> {
     let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("header.gguf");
-    for (name, write, is_read) in written {
+    HEADERS.into_iter().map(move |(name, write, is_read)| {
+        let path = folder.path().join("header.gguf");
         write(&path).expect("written");
         let child = Command::new(std::env::current_exe().expect("this program"))
-            .args(["--exact", "header_memory::read_one", "--ignored", "--nocapture"])
+            .args(["--exact", test, "--ignored", "--nocapture"])
             .env(FILE, &path)
             .output()
             .expect("it starts");
         let said = String::from_utf8_lossy(&child.stdout);
         let took = said.lines().find_map(|line| line.split_once("took ")).expect("it says what it took").1;
         let (bytes, outcome) = took.split_once(' ').expect("two words");
-        let bytes: u64 = bytes.parse().expect("a number");
-        assert_eq!(outcome, if is_read { "read" } else { "refused" }, "{name}: {said}");
+        (name, is_read, bytes.parse().expect("a number"), outcome.to_owned())
+    })
+}
+
+#[test]
+fn no_header_takes_more_than_64_mib_whatever_it_says() {
+    for (name, is_read, bytes, outcome) in taken_by("header_memory::read_one") {
+        assert_eq!(outcome, if is_read { "read" } else { "refused" }, "{name}");
         assert!(bytes <= BYTES_MAX, "{name} took {} MiB", bytes / MIB);
+    }
+}
+
+#[test]
+fn a_worker_that_plans_and_merges_a_model_takes_no_more_than_256_mib_whatever_its_header_says() {
+    for (name, _, bytes, _) in taken_by("header_memory::plan_and_merge_one") {
+        assert!(bytes <= 256 * MIB, "{name} took {} MiB", bytes / MIB);
     }
 }
 
@@ -156,6 +178,18 @@ fn read_one() {
     let header = Header::read(&file);
     let outcome = if header.is_ok() { "read" } else { "refused" };
     println!("took {} {outcome}", peak_bytes() - before);
+}
+
+#[tokio::test]
+#[ignore = "runs only as the child of the test above"]
+async fn plan_and_merge_one() {
+    let path = std::env::var_os(FILE).expect("a file");
+    let model = || artifact(Path::new(&path));
+    let before = peak_bytes();
+    let plan = host(&["mock"]).estimate(&model(), &LoadOptions::default()).await;
+    let merged = merge(&model(), &model(), tempfile::tempfile().expect("a file")).await;
+    assert!(merged.is_err(), "a model is not its own adapter");
+    println!("took {} {}", peak_bytes() - before, if plan.is_ok() { "planned" } else { "refused" });
 }
 
 /// Returns the peak of this process's resident memory.
