@@ -53,20 +53,20 @@ impl Worker {
             format!("handle {pid}"),
         ]
     }
+}
 
-    /// Returns ways out that some systems refuse without a sandbox as well.
-    fn further_ways_out(&self) -> Vec<String> {
-        let pid = std::process::id();
-        vec![
-            "execute /bin/true".to_owned(),
-            "ring -".to_owned(),
-            format!("trace {pid}"),
-            format!("read /proc/{pid}/environ"),
-            format!("read /proc/{pid}/mem"),
-            "read /proc/self/environ".to_owned(),
-            "environment TETHER_API_KEY".to_owned(),
-        ]
-    }
+/// Returns ways out that some systems refuse without a sandbox as well.
+fn further_ways_out() -> Vec<String> {
+    let pid = std::process::id();
+    vec![
+        "execute /bin/true".to_owned(),
+        "ring -".to_owned(),
+        format!("trace {pid}"),
+        format!("read /proc/{pid}/environ"),
+        format!("read /proc/{pid}/mem"),
+        "read /proc/self/environ".to_owned(),
+        "environment TETHER_API_KEY".to_owned(),
+    ]
 }
 
 /// Attempts ways out of an engine process, and returns those that succeeded.
@@ -95,7 +95,7 @@ async fn assert_closed(artifact: VerifiedArtifact, question: &str, answer: &str)
     let sandbox = model.sandbox.clone().expect("a process has one");
     assert!(sandbox.is_complete(), "this kernel cannot close the sandbox: {sandbox}");
     assert!(run(&runtime, ask(model.id, question)).await.text.contains(answer));
-    let ways_out = [worker.ways_out(), worker.further_ways_out()].concat();
+    let ways_out = [worker.ways_out(), further_ways_out()].concat();
     assert_eq!(succeeded(&runtime, &model, &ways_out).await, [""; 0]);
     assert!(!Path::new(&worker.path("written")).exists());
     assert!(run(&runtime, ask(model.id, question)).await.text.contains(answer));
