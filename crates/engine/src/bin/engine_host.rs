@@ -1,7 +1,7 @@
-//! An engine process for tests: `engine-host llama`, `engine-host mock [name=number]…`, or `engine-host captured llama`,
-//! which attempts to get out of its sandbox.
+//! An engine process for tests: `engine-host llama`, `engine-host mock [name=number]…`, or `engine-host captured
+//! llama`, which attempts to get out of its sandbox.
 //!
-//! The shipped program offers the same through a hidden subcommand.
+//! The shipped program offers the first through a hidden subcommand.
 
 use std::process::ExitCode;
 use std::time::Duration;

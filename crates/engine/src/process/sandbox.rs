@@ -4,7 +4,8 @@
 //! reaches no address, and can neither start, trace nor signal another process. The process needs none of that: its
 //! files arrive as open descriptors, and drivers are started before. Landlock refuses paths, and a seccomp filter
 //! refuses system calls; both apply for good, and to root as well. Only Linux has them. Whatever the kernel lacks is
-//! reported and not hidden: the process tries each way out before it goes on. See `docs/adr/0050-engines-in-a-sandbox.md`.
+//! reported and not hidden: the process tries each way out before it goes on. See
+//! `docs/adr/0050-engines-in-a-sandbox.md`.
 
 #[cfg(target_os = "linux")]
 mod files;
