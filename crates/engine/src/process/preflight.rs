@@ -65,8 +65,8 @@ pub(super) fn growth(plan: &MemoryPlan, max: Option<u64>, available: Option<u64>
 
 /// Renders short conversations with the template in a model's file, within a limited time.
 ///
-/// Call it within [`TRIAL_BYTES_MAX`]: a template that takes too much memory ends the process before the model takes any; the worker then blames the
-/// model. The runtime finds all other faults in the file.
+/// Call it within [`TRIAL_BYTES_MAX`]: a template that takes too much memory ends the process before the model takes
+/// any; the worker then blames the model. The runtime finds all other faults in the file.
 pub(super) async fn try_template(file: &File) -> Result<(), EngineError> {
     let too_much = |what: &str| EngineError::InvalidModel { reason: format!("its chat template {what}") };
     let file = file.try_clone().map_err(|error| EngineError::Failed { reason: error.to_string() })?;
