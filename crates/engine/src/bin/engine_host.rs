@@ -37,8 +37,11 @@ fn main() -> ExitCode {
 fn captured(kind: Option<&str>) -> Result<(), ServeError> {
     match kind {
         #[cfg(feature = "llama")]
-        Some("llama") => serve_child(Captured(tether_engine::LlamaRuntime::new())),
-        _ => serve_child(Captured(MockRuntime::new(MockOptions::default()))),
+        Some("llama") => serve_child(Captured { runtime: tether_engine::LlamaRuntime::new(), has_gpu: false }),
+        kind => {
+            let runtime = MockRuntime::new(MockOptions::default());
+            serve_child(Captured { runtime, has_gpu: kind == Some("gpu") })
+        }
     }
 }
 

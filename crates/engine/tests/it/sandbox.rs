@@ -115,6 +115,18 @@ async fn a_real_model_answers_in_its_sandbox() {
 }
 
 #[tokio::test]
+async fn an_engine_whose_drivers_need_room_reaches_no_more_than_libraries_and_its_own_facts() {
+    let worker = Worker::new();
+    let (runtime, model) = captured("gpu", tiny(), options()).await;
+    let sandbox = model.sandbox.clone().expect("a process has one");
+    assert!(sandbox.is_complete(), "this kernel cannot close the sandbox: {sandbox}");
+    let ways_out = [worker.ways_out(), further_ways_out()].concat();
+    assert_eq!(succeeded(&runtime, &model, &ways_out).await, ["read /proc/self/environ"]);
+    let needed = ["list /usr/lib", "read /proc/cpuinfo"].map(str::to_owned);
+    assert_eq!(succeeded(&runtime, &model, &needed).await, needed);
+}
+
+#[tokio::test]
 async fn each_way_out_is_one_where_there_is_no_sandbox() {
     let worker = Worker::new();
     let (runtime, model) = captured("mock", tiny(), LoadOptions { sandbox: false, ..options() }).await;

@@ -12,7 +12,7 @@ use std::process::Command;
 use std::{env, fs, thread};
 
 use async_trait::async_trait;
-use tether_engine::hardware::Hardware;
+use tether_engine::hardware::{Device, DeviceKind, Hardware};
 use tether_engine::{
     AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
     LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
@@ -20,20 +20,29 @@ use tether_engine::{
 
 /// Attempts what it is asked to count the tokens of, if that is `attempt NAME ARGUMENT`, and otherwise works as the
 /// runtime in it. An attempt that succeeds counts as one token.
-pub(super) struct Captured<R>(pub(super) R);
+pub(super) struct Captured<R> {
+    pub(super) runtime: R,
+    /// Whether it says that it computes on a GPU, so that its sandbox leaves room for drivers.
+    pub(super) has_gpu: bool,
+}
 
 #[async_trait]
 impl<R: ModelRuntime> ModelRuntime for Captured<R> {
     fn describe(&self) -> RuntimeInfo {
-        self.0.describe()
+        self.runtime.describe()
     }
 
     async fn hardware(&self) -> Hardware {
-        self.0.hardware().await
+        let mut hardware = self.runtime.hardware().await;
+        if self.has_gpu {
+            let (name, description) = ("CUDA0".to_owned(), String::new());
+            hardware.devices.push(Device { name, description, kind: DeviceKind::Gpu, free_bytes: 0, total_bytes: 0 });
+        }
+        hardware
     }
 
     async fn estimate(&self, artifact: &VerifiedArtifact, options: &LoadOptions) -> Result<MemoryPlan, EngineError> {
-        self.0.estimate(artifact, options).await
+        self.runtime.estimate(artifact, options).await
     }
 
     async fn load(
@@ -42,27 +51,27 @@ impl<R: ModelRuntime> ModelRuntime for Captured<R> {
         options: LoadOptions,
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError> {
-        self.0.load(artifact, options, progress).await
+        self.runtime.load(artifact, options, progress).await
     }
 
     async fn add_adapter(&self, model: ModelId, artifact: VerifiedArtifact) -> Result<AdapterId, EngineError> {
-        self.0.add_adapter(model, artifact).await
+        self.runtime.add_adapter(model, artifact).await
     }
 
     async fn remove_adapter(&self, model: ModelId, adapter: AdapterId) -> Result<(), EngineError> {
-        self.0.remove_adapter(model, adapter).await
+        self.runtime.remove_adapter(model, adapter).await
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {
-        self.0.unload(model).await
+        self.runtime.unload(model).await
     }
 
     async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
-        self.0.generate(request).await
+        self.runtime.generate(request).await
     }
 
     async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
-        self.0.embed(request).await
+        self.runtime.embed(request).await
     }
 
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {
@@ -70,7 +79,7 @@ impl<R: ModelRuntime> ModelRuntime for Captured<R> {
             PromptInput::Text(text) => text.strip_prefix("attempt ").and_then(|words| words.split_once(' ')),
             _ => None,
         };
-        let Some((name, argument)) = attempted else { return self.0.count_tokens(model, input).await };
+        let Some((name, argument)) = attempted else { return self.runtime.count_tokens(model, input).await };
         let (name, argument) = (name.to_owned(), argument.to_owned());
         // What a traced process is attached to ends with its thread.
         let attempt = thread::spawn(move || attempt(&name, &argument)).join();
@@ -81,7 +90,7 @@ impl<R: ModelRuntime> ModelRuntime for Captured<R> {
     }
 
     fn load_state(&self) -> Vec<LoadSnapshot> {
-        self.0.load_state()
+        self.runtime.load_state()
     }
 }
 
