@@ -72,8 +72,12 @@ pub fn hello(bytes: &[u8]) {
     let root = NodeKey::from_seed(&[100; 32]).public_key();
     let clock = Arc::new(At(claimed.not_before));
     if let Ok(membership) = Membership::new(claimed.pool, claimed.public_key, signed.clone(), clock) {
-        assert!(membership.meet(claimed.public_key, &hello).is_ok(), "what certifies a node introduces it");
-        assert!(claimed.public_key == root || membership.meet(root, &hello).is_err(), "a certificate is one key's");
+        const SECRET: [u8; 32] = [7; 32];
+        let met = membership.meet_caller(claimed.public_key, &SECRET, &hello);
+        assert!(met.is_ok() || hello.transcript.is_some(), "what certifies a node introduces it");
+        let _ = membership.meet_callee(claimed.public_key, &SECRET, &hello);
+        let of_another = membership.meet_caller(root, &SECRET, &hello);
+        assert!(claimed.public_key == root || of_another.is_err(), "a certificate is one key's");
     }
 }
 

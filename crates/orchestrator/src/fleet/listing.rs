@@ -84,6 +84,7 @@ mod tests {
             pinned: vec![],
             latency_hops: 0,
             draining: false,
+            continues: true,
             epoch: 1,
             seq: 1,
             issued_at: UnixMillis(0),

@@ -13,7 +13,7 @@ use crate::stand::{Manner, Stand, Worker, stand};
 
 /// The answer of fake workers with so many chunks.
 fn whole(chunks: u64) -> String {
-    (0..chunks).map(|seq| format!("{seq} ")).collect()
+    (0..chunks).fold(String::new(), |text, seq| text + &format!("{seq} "))
 }
 
 /// Checks that chunks are the whole answer, without a gap or a repeat; returns the last.
