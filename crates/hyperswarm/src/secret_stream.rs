@@ -41,7 +41,7 @@ pub struct Options {
     /// The silence after which an empty keep-alive message is sent. `None` disables keep-alives.
     pub keep_alive: Option<Duration>,
     /// Limits that apply until [`SecretStream::lift_limits`].
-    pub limits: Option<Limits>,
+    pub limits: Option<MessageLimits>,
 }
 
 impl Default for Options {
@@ -52,7 +52,7 @@ impl Default for Options {
 
 /// Limits on what a peer may send that has not proven yet that it may use more memory.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub struct MessageLimits {
     /// The maximum length of a message. A longer one waits a few seconds for [`SecretStream::allow_messages`] or
     /// [`SecretStream::lift_limits`], because the proof may be the message before it. Then the stream is destroyed.
     pub message_bytes_max: usize,
@@ -365,7 +365,7 @@ impl Shared {
     }
 }
 
-fn account(limits: &Limits, stream: Weak<Shared>) -> Arc<Account> {
+fn account(limits: &MessageLimits, stream: Weak<Shared>) -> Arc<Account> {
     Account::new(limits.budget.clone(), move || {
         if let Some(stream) = stream.upgrade() {
             stream.wire.destroy();

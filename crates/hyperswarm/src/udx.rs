@@ -53,12 +53,12 @@ pub struct StreamOptions {
     /// Filters packets that arrive at another socket than the stream's. Without it, all are accepted.
     pub firewall: Option<PacketFilter>,
     /// Limits that apply until [`Stream::lift_limits`].
-    pub limits: Option<Limits>,
+    pub limits: Option<StreamLimits>,
 }
 
 /// Limits of a stream whose peer has not proven yet that it may use more memory.
 #[derive(Clone, Debug)]
-pub struct Limits {
+pub struct StreamLimits {
     /// Limits the bytes that wait for the readers of all streams together. Packets beyond it are dropped, as if they
     /// were lost.
     pub received: Arc<Budget>,

@@ -116,7 +116,7 @@ async fn the_last_handle_closes_the_stream() {
 }
 
 fn limited(message_bytes_max: usize, budget: &Arc<MessageBudget>) -> (SecretStream, SecretStream) {
-    memory_pair(&Options { limits: Some(Limits { message_bytes_max, budget: budget.clone() }), ..quiet() })
+    memory_pair(&Options { limits: Some(MessageLimits { message_bytes_max, budget: budget.clone() }), ..quiet() })
 }
 
 #[tokio::test(start_paused = true)]

@@ -65,7 +65,7 @@ async fn start(seed: u8, bootstrap: Vec<SocketAddrV4>) -> Arc<HyperswarmTranspor
 
 /// A node that takes small requests from strangers and longer ones from members.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "the process that the other tests of this module start"]
+#[ignore = "runs only as the child of the tests below"]
 async fn serves_until_its_input_ends() {
     let (node, membership) = (start(1, vec![]).await, membership(1));
     let known = membership.clone();
@@ -251,7 +251,7 @@ async fn strangers_take_little_memory_and_members_are_served() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes a minute; see docs/benchmarks.md"]
+#[ignore = "measures memory: docs/benchmarks.md"]
 async fn a_thousand_strangers_take_less_than_100_mib() {
     let grown = grown_bytes(1000).await;
     println!("1,000 hostile connections took {:.1} MiB", grown as f64 / MIB as f64);

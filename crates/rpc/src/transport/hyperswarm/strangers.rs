@@ -35,9 +35,10 @@ pub(super) struct StreamLimits {
 impl StreamLimits {
     pub(super) fn new() -> Self {
         let budget = MessageBudget::new(MESSAGES_BYTES);
-        let limits = secret_stream::Limits { message_bytes_max: MESSAGE_BYTES, budget };
+        let limits = secret_stream::MessageLimits { message_bytes_max: MESSAGE_BYTES, budget };
         let stream = secret_stream::Options { limits: Some(limits), ..secret_stream::Options::default() };
-        let limits = udx::Limits { received: Budget::new(PACKETS_BYTES), unacknowledged: Budget::new(RESPONSES_BYTES) };
+        let limits =
+            udx::StreamLimits { received: Budget::new(PACKETS_BYTES), unacknowledged: Budget::new(RESPONSES_BYTES) };
         let options = udx::StreamOptions::default();
         let udx = udx::StreamOptions { receive_window_bytes: WINDOW_BYTES, limits: Some(limits), ..options };
         Self { stream, udx }
