@@ -235,6 +235,10 @@ impl Connection for PausingConnection {
         self.inner.remote_key()
     }
 
+    fn secret(&self) -> [u8; 32] {
+        self.inner.secret()
+    }
+
     async fn request(&self, method: &str, body: Bytes) -> Result<Bytes, RequestError> {
         self.inner.request(method, body).await
     }
