@@ -89,7 +89,7 @@ impl DataFolder {
         }
     }
 
-    /// Returns the secret by which gateways of this folder prove to its commands that they are, if there is one.
+    /// Returns the secret with which a gateway proves to commands that it runs on this folder, if there is one.
     pub fn gateway_secret(&self) -> anyhow::Result<Option<FolderSecret>> {
         let secret = self.secret("gateway.secret", "delete it and start the gateway again")?;
         Ok(secret.map(FolderSecret::new))

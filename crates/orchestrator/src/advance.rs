@@ -1,17 +1,17 @@
-//! Tells a worker that gets on with a job from one that only says so. Pure.
+//! Detects a worker that reports progress with a job and makes none. Pure.
 
 use std::time::Duration;
 
 use protocol::infer::Progress;
 use tokio::time::Instant;
 
-/// When an attempt last got on: with the prompt, or with the answer.
+/// When an attempt last evaluated more of its prompt or delivered a part of its answer.
 #[derive(Debug)]
 pub(crate) struct Advance {
-    /// The longest time without any; `None` for no limit.
+    /// The longest time without either; `None` for no limit.
     stall: Option<Duration>,
     at: Instant,
-    /// Tokens of the prompt that were read.
+    /// Tokens of the prompt that were evaluated.
     tokens_read: u32,
 }
 
@@ -25,7 +25,7 @@ impl Advance {
         self.at = now;
     }
 
-    /// Records a report of progress. Returns whether nothing has advanced for too long.
+    /// Records a report of progress. Returns whether there was no real progress for too long.
     pub(crate) fn has_stalled(&mut self, progress: Progress, now: Instant) -> bool {
         if progress.tokens_read > self.tokens_read {
             (self.tokens_read, self.at) = (progress.tokens_read, now);

@@ -103,7 +103,8 @@ impl Meter {
         Self { bounds, bytes: 0, tokens: 0, shown: 0, claimed: TokenUsage::default() }
     }
 
-    /// Counts the bytes of a chunk. Returns whether the answer is still within its bounds; otherwise nothing is counted.
+    /// Counts the bytes of a chunk. Returns whether the answer is still within its bounds; otherwise nothing is
+    /// counted.
     #[must_use]
     pub(crate) fn take_bytes(&mut self, bytes: usize) -> bool {
         let bytes = self.bytes.saturating_add(bytes as u64);

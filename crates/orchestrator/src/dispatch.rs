@@ -261,12 +261,12 @@ impl PayloadHead<'_> {
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
     pub options: StreamOptions,
-    /// The longest time without a token and without advance in the prompt, whatever the worker reports.
+    /// The longest time without a token of the answer and without a further evaluated token of the prompt.
     pub token_stall: Option<Duration>,
 }
 
-/// Sends a job to a worker and relays its answer, or the rest of it, except the last chunk. `context_length` is what the
-/// worker reports for the model, in tokens; 0 if unknown.
+/// Sends a job to a worker and relays its answer, or the rest of it, except the last chunk. `context_length` is what
+/// the worker reports for the model, in tokens; 0 if unknown.
 ///
 /// A chunk of another job or attempt, out of order, or beyond what the request asks for, fails the attempt, so that an
 /// abandoned or dishonest worker cannot add to the answer or to the bill.

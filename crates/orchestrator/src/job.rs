@@ -1,8 +1,8 @@
 //! The states of a job and the transitions between them. Pure.
 //!
-//! `received → reserved → dispatched → streaming → completed | failed | cancelled | dead`. If a worker fails in the middle
-//! of an answer, the job is `interrupted` and is reserved again. Only `reserved` and the terminal states are written to
-//! the store (ADR-0008); the attempt number is the fencing token against writes of abandoned attempts.
+//! `received → reserved → dispatched → streaming → completed | failed | cancelled | dead`. If a worker fails in the
+//! middle of an answer, the job is `interrupted` and is reserved again. Only `reserved` and the terminal states are
+//! written to the store (ADR-0008); the attempt number is the fencing token against writes of abandoned attempts.
 
 /// State of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -98,7 +98,7 @@ impl Journey {
     pub fn new(mut request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
         // The orchestrator needs progress itself, to tell a busy worker from a silent one.
         let wants_progress = std::mem::replace(&mut request.progress, true);
-        // A worker needs neither.
+        // Workers need neither the fingerprint nor acknowledgements.
         (request.fingerprint, request.acknowledges) = (None, false);
         let mut models = vec![request.model()];
         for model in std::mem::take(&mut request.alternatives).into_iter().take(ALTERNATIVES_MAX) {
@@ -269,7 +269,7 @@ impl Journey {
         Digest::of(&codec::encode(&(tenant_id, &self.builds[0].model, input)))
     }
 
-    /// Records a placement as a new attempt. While a job waits for a worker, only the latest look at the workers is kept.
+    /// Records a placement as a new attempt. While a job waits for a worker, only the latest placement is kept.
     pub fn record(&mut self, placement: Placement) {
         if placement.chosen.is_none() && self.attempts.last().is_some_and(|last| last.chosen.is_none()) {
             self.attempts.pop();

@@ -96,8 +96,8 @@ impl Orchestrator {
     /// Runs one job to its end: policy → fleet, score → breaker → reserve → dispatch, relay → finalise.
     ///
     /// A job begins anew on another worker until the first chunk of its answer is sent. An answer that the caller has
-    /// begun to receive is never restarted: another worker continues it after the tokens that were delivered. A reserved job is settled exactly once, and its last chunk is sent only
-    /// after that.
+    /// begun to receive is never restarted: another worker continues it after the tokens that were delivered. A
+    /// reserved job is settled exactly once, and its last chunk is sent only after that.
     pub async fn submit(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
         let policy = self.policies.admit(&journey.request.tenant_id, journey.models()).await?;
         journey.keep_models(|model| policy.allows(&model.model_id));

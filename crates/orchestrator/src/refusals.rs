@@ -54,7 +54,7 @@ pub(crate) fn repeated(known: &JobRecord, fingerprint: &[u8; 32]) -> WireError {
     WireError::new(ErrorCode::IdempotencyInProgress, message).with_retry_after(Duration::from_secs(1))
 }
 
-/// The error of a job that failed in the middle of its answer, where a refusal of its worker can no longer be one.
+/// The error of a job that failed in the middle of its answer. A worker's refusal counts as its failure there.
 pub(crate) fn in_mid_answer(error: WireError) -> WireError {
     match error.code {
         ErrorCode::WorkerStopping => {

@@ -54,8 +54,8 @@ pub fn is_of_the_model(failure: Failure) -> bool {
     cannot && failure.delivered == Part::Nothing
 }
 
-/// Decides what follows a failed attempt, of which there were so many. If the caller has a part of the answer, only
-/// those in a row that failed to continue it count.
+/// Decides what follows a failed attempt. `attempt` counts the failed attempts; if the caller has a part of the answer,
+/// only those in a row that failed to continue it.
 pub fn plan(attempt: u32, attempts_max: u32, failure: Failure, correlation_id: CorrelationId) -> Plan {
     match failure.delivered {
         Part::Final => Plan::GiveUp,

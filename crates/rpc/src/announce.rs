@@ -212,7 +212,7 @@ impl DirectoryTask {
         })
     }
 
-    /// Closes the connection to a node that is no member.
+    /// Closes the connection to a node that is not a member.
     fn part(&self, key: PublicKey) {
         if !self.client.membership().is_member(key) {
             self.client.disconnect(key);

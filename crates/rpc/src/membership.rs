@@ -328,7 +328,7 @@ impl Membership {
     }
 }
 
-/// Returns what the other node is told of a transcript that was rejected.
+/// Returns the error that the other node gets if its transcript was rejected.
 fn refused(error: TranscriptError) -> WireError {
     WireError::new(ErrorCode::NotEnrolled, error.to_string())
 }

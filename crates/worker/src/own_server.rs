@@ -30,8 +30,8 @@ pub(crate) struct OwnServer {
 impl OwnServer {
     /// Starts a command. `{model}` in it stands for the model's file and `{port}` for the port to listen on.
     ///
-    /// It inherits this program's environment, without what is meant for this program: `TETHER_API_KEY` and the
-    /// settings are no concern of it.
+    /// It inherits this program's environment without the `TETHER_` variables, which are meant for this program:
+    /// `TETHER_API_KEY` and the settings.
     pub(crate) fn start(command: &[String], model: File) -> io::Result<Self> {
         Self::start_in(command, model, std::env::vars_os())
     }

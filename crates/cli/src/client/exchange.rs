@@ -183,7 +183,7 @@ async fn connect(base: &Uri) -> Result<TcpStream, Failure> {
     })
 }
 
-/// Sends a request over a connection, once the server has proven on the same connection what it must.
+/// Sends a request over a connection, once the server has proven on the same connection that it runs on the folder.
 async fn exchange(
     base: &Uri,
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,

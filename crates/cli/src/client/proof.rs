@@ -17,7 +17,7 @@ pub(super) struct FolderProof {
     secret: Option<FolderSecret>,
 }
 
-/// A question whose answer proves it.
+/// A nonce that only a gateway of the folder can answer.
 pub(super) struct Challenge<'a> {
     proof: &'a FolderProof,
     nonce: [u8; PROOF_BYTES],
@@ -34,7 +34,7 @@ impl FolderProof {
         Ok(Challenge { proof: self, nonce })
     }
 
-    /// Returns the error of a gateway that does not prove it.
+    /// Returns the error for a gateway that does not prove that it runs on the folder.
     pub(super) fn refusal(&self, url: &str) -> anyhow::Error {
         let folder = self.folder.display();
         anyhow!(

@@ -8,7 +8,7 @@ use crate::program::{Home, Up};
 const PROMPT: &str = "canaryprompt7f3a";
 /// In what tools are given, and in their results.
 const ARGUMENT: &str = "canaryargument91bc";
-/// In tokens that are none.
+/// In invalid tokens.
 const TOKEN: &str = "canarytoken5e2d";
 
 /// Everything that this repository logs, and what others log of some use.

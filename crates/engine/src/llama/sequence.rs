@@ -146,8 +146,8 @@ impl Sequence {
         self.pending() == 1 && self.evaluated() >= self.job.prompt_tokens
     }
 
-    /// Returns why the answer is over before another token is drawn, if it is: all tokens were drawn, or an answer that is
-    /// continued had ended.
+    /// Returns why the answer is over before another token is drawn, if it is: all tokens were drawn, or an answer that
+    /// is continued had ended.
     pub(super) fn is_over(&self) -> Option<FinishReason> {
         if self.has_ended() { Some(FinishReason::Stop) } else { (self.left() == 0).then_some(FinishReason::Length) }
     }

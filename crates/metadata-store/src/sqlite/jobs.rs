@@ -70,7 +70,7 @@ pub(super) fn finalise(
         return refusal(connection, key);
     };
     reservations::free(connection, job_id)?;
-    // A job of which nobody read anything is no line of a bill.
+    // A job of which the caller acknowledged nothing gets no line in the ledger.
     if let Some(usage) = usage.filter(|usage| state.is_billed() && *usage != TokenUsage::default()) {
         usage::bill(connection, job_id, &usage)?;
     }

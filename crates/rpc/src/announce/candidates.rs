@@ -1,7 +1,7 @@
 //! Which of the nodes that announce themselves on a topic are asked next.
 //!
-//! Anyone may announce, and keys cost nothing. So nodes that turned out to be no peers are asked less and less often,
-//! and after those that were never asked.
+//! Anyone may announce, and keys cost nothing. So nodes that turned out not to be peers are asked less and less
+//! often, and after those that were never asked.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::backoff::{self, Backoff};
 
-/// The delay before a node that turned out to be no peer is asked again. It doubles each time.
+/// The delay before a node that turned out not to be a peer is asked again. It doubles each time.
 const REST: Duration = Duration::from_millis(250);
 /// The maximum delay.
 const REST_MAX: Duration = Duration::from_mins(5);
@@ -27,7 +27,7 @@ pub(super) struct Candidates {
     peers: Cache<PublicKey, ()>,
 }
 
-/// A node that turned out to be no peer.
+/// A node that turned out not to be a peer.
 struct Rest {
     backoff: Backoff,
     failures: u32,

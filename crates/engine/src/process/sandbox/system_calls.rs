@@ -119,7 +119,7 @@ const HARMFUL_BEFORE: &[c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const HARMFUL_BEFORE: &[c_long] = &[];
 
-/// Returns the only calls that an engine on the processor may make.
+/// Returns the only calls that an engine without a GPU may make.
 fn allowed(needs: &Needs<'_>, pid: u32) -> Result<Calls, BackendError> {
     let mut calls: Calls = HARMLESS.iter().chain(HARMLESS_BEFORE).map(|call| (*call, Vec::new())).collect();
     let own = || is(0, pid.into());
@@ -158,7 +158,7 @@ fn allowed(needs: &Needs<'_>, pid: u32) -> Result<Calls, BackendError> {
     Ok(calls)
 }
 
-/// Returns the calls that no engine may make.
+/// Returns the calls that an engine with a GPU may not make.
 fn refused(pid: u32) -> Result<Calls, BackendError> {
     let mut calls: Calls = HARMFUL.iter().chain(HARMFUL_BEFORE).map(|call| (*call, Vec::new())).collect();
     let others = || SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, pid.into());
