@@ -4,9 +4,8 @@
 //! memory of a model is certain to be freed when its process ends. The child's standard input is a socket through
 //! which it receives verified files as open descriptors, so it loads exactly the bytes that were verified
 //! ([`handover`]). Its standard output is a socket that carries [`frame`]s both ways. The child limits its own
-//! memory, because a template can ask for any amount, inherits no secret ([`environment`]) and closes
-//! itself off before it reads a byte of the model ([`sandbox`]). It is killed when its
-//! engine hangs.
+//! memory, because a template can ask for any amount. It inherits no secret ([`environment`]) and closes itself off
+//! before it reads a byte of the model ([`sandbox`]). It is killed when its engine hangs.
 
 mod child_server;
 mod engine_process;
