@@ -67,9 +67,9 @@ pub struct Config {
     pub token_cache_secs: u64,
     /// Seconds for which the list of models is cached.
     pub catalog_cache_secs: u64,
-    /// Who may read `/metrics` on the gateway's address: `local` for clients on this machine, except trusted proxies,
-    /// and for operators; `operators`; or `anyone`. Operators show their API key. Choose `operators` behind a proxy on
-    /// this machine that is not listed in `trusted_proxies`.
+    /// Who may read `/metrics` on the gateway's address: `local` for clients that connect over loopback, except trusted
+    /// proxies, and for operators; `operators`; or `anyone`. Operators show their API key. Choose `operators` behind a
+    /// proxy on this machine that is not listed in `trusted_proxies`.
     pub metrics_access: MetricsAccess,
     /// Rate limit of each tenant.
     pub rate_limit: RateLimitConfig,
