@@ -31,6 +31,8 @@ const BYTES_PER_TOKEN: usize = 4;
 pub(crate) struct Bounds {
     prompt_tokens: u32,
     completion_tokens: u32,
+    /// The most tokens of one answer.
+    answer_tokens: u32,
     bytes: u64,
     /// The most tokens of a whole prompt and one answer.
     sequence_tokens: u64,
@@ -57,6 +59,7 @@ impl Bounds {
         } else {
             input.max_tokens.unwrap_or(context).saturating_mul(input.answers())
         };
+        let answer_tokens = input.max_tokens.unwrap_or(context).min(completion_tokens);
         let echoed = if input.echo { prompt_tokens.saturating_mul(input.answers_each()) } else { 0 };
         let alternatives = u64::from(input.logprobs.unwrap_or(0));
         let per_token = TOKEN_BYTES_MAX + alternatives * ALTERNATIVE_BYTES_MAX;
@@ -64,7 +67,8 @@ impl Bounds {
         let bytes = (u64::from(completion_tokens) + u64::from(echoed)).saturating_mul(per_token);
         let bytes = bytes.saturating_add(vectors * VECTOR_BYTES_MAX).saturating_add(OTHER_BYTES_MAX);
         let sequence_tokens = u64::from(from_text) + u64::from(input.max_tokens.unwrap_or(0));
-        Self { prompt_tokens, completion_tokens, bytes, sequence_tokens, context_length, has_echo: input.echo }
+        let has_echo = input.echo;
+        Self { prompt_tokens, completion_tokens, answer_tokens, bytes, sequence_tokens, context_length, has_echo }
     }
 }
 
@@ -103,6 +107,17 @@ impl Meter {
         Self { bounds, bytes: 0, tokens: 0, shown: 0, claimed: TokenUsage::default() }
     }
 
+    /// Goes on within the bounds of another worker. The prompt is the same.
+    pub(crate) fn within(self, bounds: Bounds) -> Self {
+        let prompt_tokens = bounds.prompt_tokens.min(self.bounds.prompt_tokens);
+        Self { bounds: Bounds { prompt_tokens, ..bounds }, ..self }
+    }
+
+    /// Returns whether one answer may have so many tokens.
+    pub(crate) fn may_answer(&self, tokens: usize) -> bool {
+        tokens as u64 <= u64::from(self.bounds.answer_tokens)
+    }
+
     /// Counts the bytes of a chunk. Returns whether the answer is still within its bounds; otherwise nothing is
     /// counted.
     #[must_use]
@@ -133,6 +148,8 @@ impl Meter {
         // chunk with log-probabilities and without ids repeats the prompt.
         let shown = match content {
             Content { tokens: 0, logprobs: 1.., .. } if self.bounds.has_echo => 0,
+            // Text that was held back: its tokens were counted.
+            Content { tokens: 0, .. } if self.tokens > 0 => 0,
             Content { tokens: 0, logprobs: count @ 1.., .. } => count,
             Content { tokens: 0, bytes, .. } => bytes.div_ceil(BYTES_PER_TOKEN),
             Content { tokens, .. } => tokens,
@@ -177,8 +194,8 @@ mod tests {
 
     fn bounds(prompt_tokens: u32, completion_tokens: u32) -> Bounds {
         let sequence_tokens = u64::from(prompt_tokens) + u64::from(completion_tokens);
-        let (bytes, context_length, has_echo) = (1 << 20, 0, false);
-        Bounds { prompt_tokens, completion_tokens, bytes, sequence_tokens, context_length, has_echo }
+        let (bytes, context_length, has_echo, answer_tokens) = (1 << 20, 0, false, completion_tokens);
+        Bounds { prompt_tokens, completion_tokens, answer_tokens, bytes, sequence_tokens, context_length, has_echo }
     }
 
     fn usage(prompt_tokens: u32, completion_tokens: u32, cached_tokens: u32, reasoning_tokens: u32) -> TokenUsage {

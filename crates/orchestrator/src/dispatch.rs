@@ -74,7 +74,7 @@ impl Delivery {
     }
 
     /// Returns what is billed of `sent` if no more follows: what the caller has read.
-    fn read_of(&mut self, sent: TokenUsage) -> TokenUsage {
+    pub fn read_of(&mut self, sent: TokenUsage) -> TokenUsage {
         match (&mut self.receipts, &self.state) {
             (None, _) => sent,
             (Some(receipts), State::Streaming(reply)) => receipts.acknowledge(reply.acknowledged()),
@@ -282,15 +282,13 @@ pub async fn attempt(
     let body = Bytes::from(codec::encode(&journey.request));
     let bounds = Bounds::of(&journey.request, body.len(), context_length);
     let deadline = journey.deadline;
-    if journey.request.delivered.is_none() {
-        journey.meter = Some(Meter::new(bounds));
-    }
-    let mut meter = journey.meter.unwrap_or_else(|| Meter::new(bounds));
-    let mut relayed = Relayed::begin(timeouts.token_stall);
+    let before = journey.meter.filter(|_| journey.request.delivered.is_some());
+    let mut meter = before.map_or_else(|| Meter::new(bounds), |before| before.within(bounds));
+    let mut relayed = Relayed::begin(bounds, timeouts.token_stall);
     let opening = client.open_stream(worker_id, START, body, timeouts.options);
     let opened = tokio::select! {
         opened = opening => opened,
-        () = delivery.gone() => return AttemptEnd::CallerGone { usage: TokenUsage::default() },
+        () = delivery.gone() => return AttemptEnd::CallerGone { usage: delivery.read_of(meter.delivered()) },
     };
     let mut answer = match opened {
         Ok(answer) => answer,
@@ -336,6 +334,8 @@ struct Relayed {
     /// The worker's longest silence before its answer began.
     silence: Duration,
     advance: Advance,
+    /// What this attempt sent. Only that is the worker's doing.
+    own: Meter,
 }
 
 async fn relay(
@@ -356,7 +356,7 @@ async fn relay(
             Some(Err(error)) => return Relay::Broken(error),
             None => return breach("the answer has no end"),
         };
-        if !meter.take_bytes(bytes.len()) {
+        if !relayed.own.take_bytes(bytes.len()) {
             return breach("the answer is longer than the request allows");
         }
         let Ok(head) = codec::decode_borrowed::<ChunkHead<'_>>(&bytes) else {
@@ -390,8 +390,16 @@ async fn relay(
         if !std::mem::replace(&mut relayed.has_begun, true) && request.delivered.is_some() {
             journey.continued += 1;
         }
-        if !meter.take(head.payload.content(), head.payload.usage) {
+        let (content, index) = (head.payload.content(), head.payload.index);
+        let is_one_too_many = index >= journey.request.input.answers();
+        let is_too_long = !relayed.own.may_answer(journey.journal.tokens_of(index) + content.tokens);
+        if is_one_too_many || is_too_long || !relayed.own.take(content, head.payload.usage) {
             return breach("the answer has more tokens than the request allows");
+        }
+        // Together with what others delivered. Who of them sent too much is not known.
+        if !meter.take_bytes(bytes.len()) || !meter.take(content, head.payload.usage) {
+            let error = WireError::new(ErrorCode::WorkerFailed, "the answer is longer than the request allows");
+            return Relay::Failed { error, fault: Fault::None };
         }
         if head.done {
             // The job is settled before its last chunk is sent, so a caller that is gone by now must show here.
@@ -402,7 +410,12 @@ async fn relay(
             let usage = claimed.map_or_else(|| meter.delivered(), |claimed| meter.bounded(claimed));
             let finish_reason = head.payload.finish_reason;
             let is_as_sent = claimed == Some(usage) && journey.continued == 0;
-            let last_chunk = if is_as_sent { bytes } else { amend(&bytes, usage, journey.continued) };
+            let amended = (!is_as_sent).then(|| amend(&bytes, usage, journey.continued));
+            let last_chunk = match amended {
+                None => bytes,
+                Some(Some(amended)) => amended,
+                Some(None) => return breach("the last chunk is malformed"),
+            };
             let overclaims = claimed.is_some_and(|claimed| meter.is_impossible(claimed));
             let silence = relayed.silence;
             let end = AttemptEnd::Complete { last_chunk, finish_reason, usage, silence, overclaims };
@@ -417,10 +430,10 @@ async fn relay(
 }
 
 impl Relayed {
-    fn begin(token_stall: Option<Duration>) -> Self {
+    fn begin(bounds: Bounds, token_stall: Option<Duration>) -> Self {
         let now = Instant::now();
-        let advance = Advance::begin(token_stall, now);
-        Self { has_begun: false, heard_at: now, silence: Duration::ZERO, advance }
+        let (advance, own) = (Advance::begin(token_stall, now), Meter::new(bounds));
+        Self { has_begun: false, heard_at: now, silence: Duration::ZERO, advance, own }
     }
 
     /// Records that the worker sent a chunk.
@@ -431,14 +444,16 @@ impl Relayed {
     }
 }
 
-/// Writes into the last chunk what is billed, and how often the answer was continued.
-fn amend(chunk: &Bytes, usage: TokenUsage, continued: u32) -> Bytes {
-    let Ok(mut chunk) = codec::decode::<serde_json::Value>(chunk) else { return chunk.clone() };
-    chunk["payload"]["usage"] = serde_json::json!(usage);
+/// Writes into the last chunk what is billed, and how often the answer was continued. Returns `None` if chunk or payload
+/// is not an object: serde reads structs from arrays as well.
+fn amend(chunk: &Bytes, usage: TokenUsage, continued: u32) -> Option<Bytes> {
+    let mut chunk = codec::decode::<serde_json::Value>(chunk).ok()?;
+    let payload = chunk.as_object_mut()?.get_mut("payload")?.as_object_mut()?;
+    payload.insert("usage".to_owned(), serde_json::json!(usage));
     if continued > 0 {
-        chunk["payload"]["continued"] = continued.into();
+        payload.insert("continued".to_owned(), continued.into());
     }
-    codec::encode(&chunk).into()
+    Some(codec::encode(&chunk).into())
 }
 
 fn breach(message: &str) -> Relay {
@@ -454,4 +469,19 @@ fn failure(error: CallError, bounds: Bounds, deadline: Instant) -> WireError {
         return WireError::new(ErrorCode::WorkerFailed, message);
     }
     worker_errors::translate(said, deadline <= Instant::now() + DEADLINE_TOLERANCE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_last_chunk_is_amended_if_it_is_an_object() {
+        let amend = |chunk: &'static str| amend(&Bytes::from_static(chunk.as_bytes()), TokenUsage::default(), 1);
+        let amended = amend(r#"{"payload":{"text":"x"},"done":true}"#).expect("an object");
+        assert!(std::str::from_utf8(&amended).is_ok_and(|chunk| chunk.contains(r#""continued":1"#)));
+        for chunk in [r#"{"payload":[],"done":true}"#, r#"["id",0,{}]"#, "{}", ""] {
+            assert_eq!(amend(chunk), None, "{chunk}");
+        }
+    }
 }

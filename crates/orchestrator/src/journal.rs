@@ -46,6 +46,16 @@ impl Journal {
         self.seq
     }
 
+    /// Returns a number that grows with each token, and with each answer that ends.
+    pub fn progress(&self) -> u64 {
+        self.answers.values().map(|answer| answer.tokens.len() as u64 + u64::from(answer.finish_reason.is_some())).sum()
+    }
+
+    /// Returns how many tokens of an answer were sent.
+    pub fn tokens_of(&self, index: u32) -> usize {
+        self.answers.get(&index).map_or(0, |answer| answer.tokens.len())
+    }
+
     /// Records a chunk that was sent. `echoes` says whether the request asks for an echo of its prompt.
     pub fn record(&mut self, entry: Entry<'_>, echoes: bool) {
         self.seq += 1;

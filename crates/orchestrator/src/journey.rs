@@ -4,12 +4,14 @@ use protocol::control::{AttemptDecision, Decision};
 use protocol::infer::InferRequest;
 use protocol::model::{ALTERNATIVES_MAX, ModelKey};
 use protocol::prefix::PrefixChain;
-use protocol::{Digest, ErrorCode, WireError, WorkerId, codec};
+use protocol::usage::TokenUsage;
+use protocol::{Digest, WireError, WorkerId, codec};
 use tokio::time::Instant;
 use tracing::error;
 
 use crate::bounds::Meter;
 use crate::circuit_breaker::{Admission, Outcome};
+use crate::dispatch::Fault;
 use crate::fleet::Wanted;
 use crate::job::{JobEvent, JobState};
 use crate::journal::Journal;
@@ -46,6 +48,8 @@ pub struct Journey {
     pub request: InferRequest,
     /// Digest of what the client asks for, or of the request as received.
     pub fingerprint: [u8; 32],
+    /// The requested model.
+    requested: ModelKey,
     /// The models that may run it, the requested one first. Never empty.
     builds: Vec<Build>,
     /// Index of the current attempt's model in `builds`.
@@ -56,14 +60,16 @@ pub struct Journey {
     pub wants_progress: bool,
     /// The workers that were tried, in order, each with the model it was to run.
     pub tried: Vec<Tried>,
-    /// How many of them may be tried again.
-    forgiven: usize,
-    /// How many attempts in a row failed to continue the answer.
+    /// Those that must not be tried again, each with the time of its failure.
+    barred: Vec<(Tried, Instant)>,
+    /// How many workers in a row took the job and failed to continue the answer.
     fruitless: u32,
     /// What the caller has of the answers.
     pub journal: Journal,
     /// What was delivered, over all attempts that continue the answer.
     pub(crate) meter: Option<Meter>,
+    /// What the caller had when the current attempt began, as [`Journal::progress`] counts it.
+    had: u64,
     /// How often another worker continued the answer.
     pub continued: u32,
     /// When the answer was interrupted, until another worker continues it.
@@ -98,8 +104,8 @@ impl Journey {
     pub fn new(mut request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
         // The orchestrator needs progress itself, to tell a busy worker from a silent one.
         let wants_progress = std::mem::replace(&mut request.progress, true);
-        // Workers need neither the fingerprint nor acknowledgements.
-        (request.fingerprint, request.acknowledges) = (None, false);
+        // Workers need neither the fingerprint nor acknowledgements, and only this orchestrator knows what was delivered.
+        (request.fingerprint, request.acknowledges, request.delivered) = (None, false, None);
         let mut models = vec![request.model()];
         for model in std::mem::take(&mut request.alternatives).into_iter().take(ALTERNATIVES_MAX) {
             if !models.contains(&model) {
@@ -108,16 +114,18 @@ impl Journey {
         }
         let builds = models.into_iter().map(|model| Build::new(model, &request));
         Self {
+            requested: request.model(),
             builds: builds.collect(),
             build: 0,
             fingerprint,
             deadline,
             wants_progress,
             tried: vec![],
-            forgiven: 0,
+            barred: vec![],
             fruitless: 0,
             journal: Journal::new(&request.input),
             meter: None,
+            had: 0,
             continued: 0,
             interrupted_at: None,
             reservation: None,
@@ -147,9 +155,15 @@ impl Journey {
         self.builds.iter().map(|build| &build.model)
     }
 
+    /// Records that a worker is tried with the current model.
+    pub fn try_worker(&mut self, worker: WorkerId) {
+        self.tried.push((worker, self.build));
+        self.barred.push(((worker, self.build), Instant::now()));
+    }
+
     /// Returns the workers that must not be tried again.
-    pub fn excluded(&self) -> &[Tried] {
-        &self.tried[self.forgiven.min(self.tried.len())..]
+    pub fn barred(&self) -> Vec<Tried> {
+        self.barred.iter().map(|(tried, _)| *tried).collect()
     }
 
     /// Returns what the caller had of the answer when the current attempt failed. `began` says whether it has a part.
@@ -160,48 +174,66 @@ impl Journey {
             Part::Final
         } else {
             let waited = self.interrupted_at.map(|interrupted| interrupted.elapsed()).unwrap_or_default();
-            Part::Continuable { progressed: self.has_progressed(), waited }
+            let (progressed, tried) = (self.has_progressed(), self.is_dispatched);
+            Part::Continuable { progressed, tried, waited }
         }
     }
 
     /// Returns whether the current attempt delivered a part of the answer.
     fn has_progressed(&self) -> bool {
-        self.request.delivered.as_ref().map_or(0, |delivered| delivered.seq) < self.journal.seq()
+        self.journal.progress() > self.had
     }
 
-    /// Returns how many attempts failed, including the current one. Attempts that delivered something do not count.
-    pub fn failures(&self, part: Part) -> u32 {
+    /// Returns how many attempts failed, including the current one. Attempts that delivered something, or that no worker
+    /// acknowledged, do not count.
+    pub fn failures(&self, part: Part, fault: Fault) -> u32 {
         match part {
             Part::Continuable { progressed: true, .. } => 0,
-            Part::Continuable { progressed: false, .. } => self.fruitless + 1,
+            Part::Continuable { .. } => self.fruitless + u32::from(self.is_fruitless(fault)),
             Part::Nothing | Part::Final => self.tried.len() as u32,
         }
     }
 
-    /// Prepares an attempt that continues the answer. It must run the same model.
-    pub fn interrupt(&mut self, cause: ErrorCode) {
+    fn is_fruitless(&self, fault: Fault) -> bool {
+        self.is_dispatched && fault != Fault::Unacknowledged
+    }
+
+    /// Returns what was delivered, over all attempts that continue the answer.
+    pub fn delivered_usage(&self) -> TokenUsage {
+        self.meter.map(|meter| meter.delivered()).unwrap_or_default()
+    }
+
+    /// Prepares an attempt that continues the answer. It must run the same model. `has_reported` says whether a worker
+    /// has reported since a time.
+    pub fn interrupt(&mut self, fault: Fault, has_reported: impl Fn(WorkerId, Instant) -> bool) {
         self.step(JobEvent::Interrupt);
+        let now = Instant::now();
+        if let Some((_, failed_at)) = self.barred.last_mut().filter(|_| self.is_dispatched) {
+            *failed_at = now;
+        }
         if self.has_progressed() {
-            // Only a worker that is gone is not asked again. If none else can, it may be asked later.
-            let is_away = cause != ErrorCode::EngineCrashed;
-            self.forgiven = self.tried.len().saturating_sub(usize::from(is_away));
+            self.barred.drain(..self.barred.len().saturating_sub(1));
             self.fruitless = 0;
             self.interrupted_at = None;
-        } else if self.is_dispatched {
+        } else if self.is_fruitless(fault) {
             self.fruitless += 1;
-        } else {
-            self.forgiven = self.tried.len();
+        } else if !self.is_dispatched {
+            // If no other worker can continue the answer, those may that are back.
+            self.barred.retain(|((worker, _), failed_at)| !has_reported(*worker, *failed_at));
         }
-        self.interrupted_at.get_or_insert_with(Instant::now);
+        self.interrupted_at.get_or_insert(now);
+        self.had = self.journal.progress();
         self.request.delivered = self.journal.delivered();
         self.request.deadline_ms = None;
+        (self.doubted, self.refusal) = (None, None);
         self.keep_current_build();
     }
 
     /// Drops the other models that may run the job.
     fn keep_current_build(&mut self) {
         const OTHER: usize = usize::MAX;
-        for (_, build) in &mut self.tried {
+        let barred = self.barred.iter_mut().map(|(tried, _)| tried);
+        for (_, build) in self.tried.iter_mut().chain(barred) {
             *build = if *build == self.build { 0 } else { OTHER };
         }
         let current = self.builds.swap_remove(self.build);
@@ -248,6 +280,7 @@ impl Journey {
     /// `context` is 0. The attempt does not count as failed.
     pub fn rule_out(&mut self, context: u32, refusal: &WireError) {
         self.tried.pop();
+        self.barred.pop();
         self.refusal = Some(refusal.clone());
         let build = &mut self.builds[self.build];
         build.short_context = if context == 0 { u32::MAX } else { build.short_context.max(context) };
@@ -263,10 +296,10 @@ impl Journey {
         true
     }
 
-    /// Returns a digest of the tenant, the first model and the input. It is the same when a client repeats the request.
+    /// Returns a digest of the tenant, the requested model and the input. It is the same when a client repeats the request.
     pub fn content(&self) -> Digest {
         let InferRequest { tenant_id, input, .. } = &self.request;
-        Digest::of(&codec::encode(&(tenant_id, &self.builds[0].model, input)))
+        Digest::of(&codec::encode(&(tenant_id, &self.requested, input)))
     }
 
     /// Records a placement as a new attempt. While a job waits for a worker, only the latest placement is kept.

@@ -1,6 +1,6 @@
 //! The orchestrator service: takes each job from submission to settlement.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -137,9 +137,15 @@ impl Orchestrator {
         // `pass_breaker` returns the error.
         let may_run = |candidate: &Candidate| !is_choice || !shut[candidate.build] || shut.iter().all(|shut| *shut);
         let table = if is_choice { &models[..] } else { &[] };
-        let wanted = journey.wanted();
+        let (wanted, barred) = (journey.wanted(), journey.barred());
+        // The place that the job holds already is its own.
+        let own = journey.reservation.as_ref().map(|reservation| reservation.worker_id);
+        let without_own = |candidate: Candidate| {
+            let held = u32::from(Some(candidate.worker_id) == own);
+            Candidate { load: candidate.load.saturating_sub(held), ..candidate }
+        };
         let placement = self.fleet.with_candidates(&wanted, Instant::now(), |candidates| {
-            scheduler::place(candidates.filter(may_run), journey.excluded(), &self.config.weights, table)
+            scheduler::place(candidates.map(without_own).filter(may_run), &barred, &self.config.weights, table)
         });
         let worker = placement.chosen.ok_or_else(|| self.nobody(journey, &wanted, &placement));
         if let Ok(worker) = &worker {
@@ -197,7 +203,7 @@ impl Orchestrator {
 
     /// Writes the job and its reservation on the worker, or moves both there from the worker that failed.
     async fn reserve(&self, journey: &mut Journey, worker: &Candidate) -> Result<(), WireError> {
-        journey.tried.push((worker.worker_id, worker.build));
+        journey.try_worker(worker.worker_id);
         let model = journey.model().clone();
         if let Some(reservation) = &mut journey.reservation {
             reservation.reassign(model, worker.worker_id, worker.capacity).await?;
@@ -266,7 +272,7 @@ impl Orchestrator {
             journey.step(JobEvent::GiveUpAttempt);
             return ControlFlow::Continue(());
         }
-        let tries = journey.failures(failure.delivered);
+        let tries = journey.failures(failure.delivered, *fault);
         match retry_manager::plan(tries, self.config.attempts_max, failure, journey.request.correlation_id) {
             Plan::GiveUp => {
                 if tries >= self.config.attempts_max {
@@ -275,23 +281,37 @@ impl Orchestrator {
                 ControlFlow::Break(end)
             }
             Plan::Retry { after } => {
-                self.metrics.retries.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
                 if failure.delivered == Part::Nothing {
-                    self.metrics.failovers.get_or_create(&PhaseLabel { phase: "pre_token" }).inc();
+                    self.count_failover(error.code, "pre_token");
                     journey.step(JobEvent::GiveUpAttempt);
                 } else {
-                    self.metrics.failovers.get_or_create(&PhaseLabel { phase: "mid_stream" }).inc();
-                    journey.interrupt(error.code);
+                    // While the answer waits for a worker, none fails.
+                    if journey.is_dispatched {
+                        self.count_failover(error.code, "mid_stream");
+                    }
+                    journey.interrupt(*fault, |worker, since| self.has_reported(worker, since));
                 }
                 if error.code != ErrorCode::NoCapacity {
                     journey.last_error = Some(error.clone());
                 }
                 tokio::select! {
                     () = time::sleep(after) => ControlFlow::Continue(()),
-                    () = delivery.gone() => ControlFlow::Break(AttemptEnd::CallerGone { usage: end.usage() }),
+                    () = delivery.gone() => {
+                        let usage = delivery.read_of(journey.delivered_usage());
+                        ControlFlow::Break(AttemptEnd::CallerGone { usage })
+                    }
                 }
             }
         }
+    }
+
+    fn has_reported(&self, worker: WorkerId, since: Instant) -> bool {
+        self.fleet.silence(worker, Instant::now()).is_some_and(|silence| silence < since.elapsed())
+    }
+
+    fn count_failover(&self, code: ErrorCode, phase: &'static str) {
+        self.metrics.retries.get_or_create(&ReasonLabel { reason: code.as_str() }).inc();
+        self.metrics.failovers.get_or_create(&PhaseLabel { phase }).inc();
     }
 
     /// Sets a worker aside that did not acknowledge a job of an attempt that began at `began`. It is taken back as soon
@@ -462,13 +482,13 @@ impl Orchestrator {
         if let AttemptEnd::Complete { .. } = end {
             let doubted = journey.doubted.take().map(|(worker, _)| worker);
             let refusing = std::mem::take(&mut journey.refusing).into_iter().chain(doubted);
-            for refusing in refusing.filter(|refusing| Some(*refusing) != worker) {
+            for refusing in others(refusing, worker) {
                 if let Some(until) = self.records.lock().contradicted(refusing, now) {
                     self.eject(refusing, until, "it refused jobs that other workers of their model did");
                 }
             }
             // The request is not what crashed these.
-            for crashed in std::mem::take(&mut journey.crashed) {
+            for crashed in others(std::mem::take(&mut journey.crashed), worker) {
                 let outcome = Outcome { good: false, worker: crashed, began: now };
                 if let Some(until) = self.records.lock().record(outcome, now) {
                     self.eject(crashed, until, "its engine crashed on jobs that others did");
@@ -724,6 +744,11 @@ async fn suspect_after_pauses(client: Client, stop: CancellationToken) {
         }
         last = now;
     }
+}
+
+/// Returns each worker once, without the one that completed the job.
+fn others(workers: impl IntoIterator<Item = WorkerId>, completed: Option<WorkerId>) -> BTreeSet<WorkerId> {
+    workers.into_iter().filter(|worker| Some(*worker) != completed).collect()
 }
 
 fn is_workers_fault(code: ErrorCode) -> bool {

@@ -21,6 +21,8 @@ pub enum Part {
     Continuable {
         /// Whether the failed attempt delivered any of it.
         progressed: bool,
+        /// Whether a worker was tried.
+        tried: bool,
         /// The time since the answer was interrupted.
         waited: Duration,
     },
@@ -61,12 +63,10 @@ pub fn plan(attempt: u32, attempts_max: u32, failure: Failure, correlation_id: C
         Part::Final => Plan::GiveUp,
         Part::Nothing if attempt >= attempts_max => Plan::GiveUp,
         Part::Nothing => begin_anew(attempt, failure.code, correlation_id),
-        Part::Continuable { progressed, waited } => match failure.code {
+        Part::Continuable { progressed, tried, waited } => match failure.code {
             ErrorCode::Cancelled | ErrorCode::StaleAttempt => Plan::GiveUp,
-            // No worker was tried.
-            ErrorCode::NoCapacity | ErrorCode::ModelLoading if waited < CONTINUE_WITHIN => {
-                Plan::Retry { after: LOOK_EVERY }
-            }
+            _ if waited >= CONTINUE_WITHIN && !progressed => Plan::GiveUp,
+            _ if !tried => Plan::Retry { after: LOOK_EVERY },
             // Whoever began the answer can judge the request. Another may be unable to continue it.
             code if progressed && code.blame() == Blame::Caller => Plan::GiveUp,
             _ if attempt >= attempts_max => Plan::GiveUp,
@@ -108,7 +108,11 @@ mod tests {
     }
 
     fn part(progressed: bool, waited: u64) -> Part {
-        Part::Continuable { progressed, waited: Duration::from_secs(waited) }
+        Part::Continuable { progressed, tried: true, waited: Duration::from_secs(waited) }
+    }
+
+    fn waiting(waited: u64) -> Part {
+        Part::Continuable { progressed: false, tried: false, waited: Duration::from_secs(waited) }
     }
 
     #[test]
@@ -142,8 +146,12 @@ mod tests {
 
     #[test]
     fn an_answer_that_was_interrupted_waits_for_a_worker() {
-        assert_eq!(planned(3, ErrorCode::NoCapacity, part(true, 29)), Plan::Retry { after: LOOK_EVERY });
-        assert_eq!(planned(3, ErrorCode::NoCapacity, part(true, 30)), Plan::GiveUp);
+        for code in [ErrorCode::NoCapacity, ErrorCode::Unavailable, ErrorCode::UnsupportedParameter] {
+            assert_eq!(planned(0, code, waiting(29)), Plan::Retry { after: LOOK_EVERY }, "{code}");
+            assert_eq!(planned(0, code, waiting(30)), Plan::GiveUp, "{code}");
+        }
+        assert_eq!(planned(1, ErrorCode::WorkerFailed, part(false, 30)), Plan::GiveUp);
+        assert!(matches!(planned(0, ErrorCode::WorkerFailed, part(true, 30)), Plan::Retry { .. }));
     }
 
     #[test]

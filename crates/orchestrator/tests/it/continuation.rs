@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use metadata_store::{DurableState, TerminalState};
-use protocol::infer::{InferChunk, InferRequest};
+use protocol::infer::{Delivered, DeliveredAnswer, InferChunk, InferRequest, SUBMIT};
 use protocol::{ErrorCode, WireError, codec};
-use rpc::ResponseStream;
+use rpc::{ResponseStream, StreamOptions};
 use tether_orchestrator::Config;
-use tokio::time;
+use tokio::time::{self, Instant};
 
 use crate::stand::{Manner, Stand, Worker, stand};
 
@@ -36,13 +37,25 @@ async fn rest(mut answer: ResponseStream, mut chunks: Vec<InferChunk>) -> Result
 
 /// Submits a job and reads so many chunks.
 async fn begin(stand: &Stand, job: &InferRequest, count: u64) -> (ResponseStream, Vec<InferChunk>) {
-    let mut answer = stand.submit(job).await.expect("accepted");
-    let mut chunks = vec![];
+    // A gateway waits longer for the next chunk than an answer waits for a worker.
+    let options =
+        StreamOptions { accept_within: Duration::from_secs(5), deadline: None, stall: Duration::from_mins(2) };
+    let answer = stand.gateway.open_stream(stand.orchestrator, SUBMIT, codec::encode(job).into(), options).await;
+    let (mut answer, mut chunks) = (answer.expect("accepted"), vec![]);
     for _ in 0..count {
         let chunk = answer.next().await.expect("a chunk").expect("no error");
         chunks.push(codec::decode(&chunk).expect("a chunk"));
     }
     (answer, chunks)
+}
+
+/// Waits until a worker was given so many jobs. It reports all the while: no other can continue its answer, so it is
+/// asked again once it has reported.
+async fn until_asked(stand: &Stand, worker: &Worker, jobs: usize) {
+    while worker.jobs_seen() < jobs {
+        worker.report(stand, |_| {}).await.expect("believed");
+        time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 #[tokio::test]
@@ -101,13 +114,59 @@ async fn an_answer_waits_for_a_worker_that_can_continue_it() {
     let stand = stand(Config::default()).await;
     let only = stand.worker(1, Manner::DieAfter(2)).await;
     let (answer, chunks) = begin(&stand, &stand.job(), 2).await;
-    // Long enough to look for a worker in vain.
-    while only.jobs_seen() < 2 {
-        time::sleep(Duration::from_millis(10)).await;
-    }
+    until_asked(&stand, &only, 2).await;
     stand.worker(2, Manner::Answer(5)).await;
     let chunks = rest(answer, chunks).await.expect("answered");
     assert_eq!((chunks.len(), check(&chunks).payload.continued), (6, 1));
+}
+
+#[tokio::test]
+async fn an_answer_waits_for_30_seconds_and_asks_nobody_in_vain() {
+    let stand = stand(Config::default()).await;
+    let only = stand.worker(1, Manner::DieAfter(2)).await;
+    let job = stand.job();
+    let (mut answer, _) = begin(&stand, &job, 2).await;
+    only.report(&stand, |report| report.draining = true).await.expect("believed");
+    time::pause();
+    let begun = Instant::now();
+    let end = answer.next().await.expect("an end").expect_err("nobody came");
+    let waited = begun.elapsed();
+    time::resume();
+    assert_eq!(WireError::from(end).code, ErrorCode::WorkerFailed);
+    assert!((29..32).contains(&waited.as_secs()), "{waited:?}");
+    assert!(only.jobs_seen() <= 2, "it is asked again once at most, before it drained");
+    assert_eq!(stand.settled(&job).await.state, DurableState::Settled(TerminalState::Failed));
+    assert!(stand.explain(&job).await.attempts.len() <= 4);
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_while_its_answer_waits_pays_for_what_it_read() {
+    let stand = stand(Config::default()).await;
+    let only = stand.worker(1, Manner::DieAfter(2)).await;
+    let job = InferRequest { acknowledges: true, ..stand.job() };
+    let mut answer = stand.submit(&job).await.expect("accepted");
+    answer.acknowledge_reads();
+    for _ in 0..2 {
+        answer.next().await.expect("a chunk").expect("no error");
+    }
+    assert!(answer.next().now_or_never().is_none(), "who asks for the next chunk has read this one");
+    while only.jobs_seen() < 1 {
+        time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(answer);
+    let record = stand.settled(&job).await;
+    assert_eq!(record.state, DurableState::Settled(TerminalState::Cancelled));
+    assert_eq!(record.usage.map(|usage| (usage.prompt_tokens, usage.completion_tokens)), Some((3, 2)));
+}
+
+#[tokio::test]
+async fn only_the_orchestrator_knows_what_was_delivered() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Answer(3)).await;
+    let answers = vec![DeliveredAnswer { index: 0, tokens: vec![7, 8], finish_reason: None }];
+    let forged = InferRequest { delivered: Some(Delivered { seq: 1000, answers }), ..stand.job() };
+    let chunks = stand.answer(&forged).await.expect("answered");
+    assert_eq!((chunks.len(), check(&chunks).payload.continued, worker.jobs_seen()), (4, 0, 1));
 }
 
 #[tokio::test]
@@ -121,10 +180,7 @@ async fn whoever_cannot_continue_an_answer_is_not_asked_to() {
         };
         other.report(&stand, cannot).await.expect("believed");
         let (_answer, chunks) = begin(&stand, &stand.job(), 2).await;
-        // The worker that died is asked again, since no other can continue the answer.
-        while dying.jobs_seen() < 2 * round {
-            time::sleep(Duration::from_millis(10)).await;
-        }
+        until_asked(&stand, &dying, 2 * round).await;
         assert_eq!((chunks.len(), other.jobs_seen()), (2, 0));
     }
 }

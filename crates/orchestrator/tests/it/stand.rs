@@ -396,7 +396,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
     let attempt = if matches!(manner, Manner::WrongAttempt) { request.attempt + 1 } else { request.attempt };
     let model = if let Manner::AnswerAs(model) = &manner { Some(model.clone()) } else { None };
     let first = request.delivered.as_ref().map_or(0, |delivered| delivered.seq);
-    let has_tokens = !matches!(manner, Manner::DieUntold(_));
+    let has_tokens = !matches!(manner, Manner::DieUntold(_) | Manner::StopAfter(_));
     let chunk = |seq, done| {
         let payload = if done {
             let usage =
