@@ -83,7 +83,7 @@ pub struct DirectoryTask {
     client: Client,
     topic: Topic,
     peers: watch::Sender<Arc<BTreeMap<PublicKey, NodeInfo>>>,
-    /// The number of nodes that the last lookup found but that did not respond.
+    /// The number of nodes that the last lookup found but that did not respond when they were last asked.
     unreachable: Arc<AtomicUsize>,
     candidates: Mutex<Candidates>,
 }
@@ -202,7 +202,13 @@ impl DirectoryTask {
                 self.learn(key, info);
             }
         }
-        self.unreachable.store(silent.intersection(&announced).count(), Ordering::Relaxed);
+        // Nodes that are asked less often now count as well.
+        let is_unreachable =
+            |candidates: &Candidates, key: &PublicKey| silent.contains(key) || candidates.has_failed(*key);
+        let candidates = self.candidates.lock();
+        let unreachable = announced.iter().filter(|key| is_unreachable(&candidates, key)).count();
+        drop(candidates);
+        self.unreachable.store(unreachable, Ordering::Relaxed);
         self.peers.send_if_modified(|peers| {
             let is_lost = peers.keys().any(|key| silent.contains(key));
             if is_lost {

@@ -130,6 +130,11 @@ async fn metrics_are_for_this_machine_and_for_operators() {
     let (outside, tenant, operator) = (Some("192.0.2.1"), Some(fake::token(1)), Some(fake::token(4)));
     let network = Network::start().await;
     assert_eq!(read(&network, None, None).await.status(), 200);
+    // A proxy of this machine that the settings do not name, and a page whose name was pointed at this machine.
+    for (name, value) in [("x-forwarded-for", "127.0.0.1"), ("via", "1.1 proxy"), ("host", "evil.example:7070")] {
+        let request = network.request(Method::GET, "/metrics").header(name, value);
+        expect_error(request.send().await.expect("answered"), 401, "invalid_api_key", None).await;
+    }
     network.end().await;
     let network = Network::start_with(behind_a_proxy()).await;
     for words_of_a_client in [None, Some("nonsense"), Some("127.0.0.1")] {

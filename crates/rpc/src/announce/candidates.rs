@@ -56,6 +56,11 @@ impl Candidates {
         due.into_iter().take(count).map(|(_, key)| key).collect()
     }
 
+    /// Returns whether a node turned out not to be a peer when it was last asked.
+    pub(super) fn has_failed(&self, key: PublicKey) -> bool {
+        self.strangers.get(&key).is_some()
+    }
+
     /// Records whether a node that was asked is a peer.
     pub(super) fn note(&mut self, key: PublicKey, is_peer: bool, now: Instant) {
         if is_peer {
