@@ -63,22 +63,29 @@ impl MessageBudget {
 }
 
 impl Holders {
-    /// Adds to what a stream holds. Returns the streams that give way, or `None` if their memory does not suffice.
-    fn add(&mut self, serial: u64, bytes: usize, bytes_max: usize) -> Option<Vec<Weak<Account>>> {
-        let own = self.by_age.get(&serial).map_or(0, |holder| holder.bytes);
+    /// Adds to what a stream holds, if its memory suffices once the oldest others have given way. Those are passed to
+    /// `evicted`. Returns whether it was added.
+    fn add(&mut self, serial: u64, bytes: usize, bytes_max: usize, evicted: &mut Vec<Weak<Account>>) -> bool {
+        // A stream that has just given way to another has no holder any more.
+        let Some(own) = self.by_age.get(&serial).map(|holder| holder.bytes) else { return false };
         if own + bytes > bytes_max {
-            return None;
+            return false;
         }
-        let mut evicted = vec![];
         while self.bytes + bytes > bytes_max {
-            let oldest = *self.by_age.keys().find(|oldest| **oldest != serial)?;
-            let holder = self.by_age.remove(&oldest)?;
-            self.bytes -= holder.bytes;
-            evicted.push(holder.account);
+            let Some(oldest) = self.remove_oldest_but(serial) else { return false };
+            evicted.push(oldest.account);
         }
+        let Some(holder) = self.by_age.get_mut(&serial) else { return false };
+        holder.bytes += bytes;
         self.bytes += bytes;
-        self.by_age.get_mut(&serial)?.bytes += bytes;
-        Some(evicted)
+        true
+    }
+
+    fn remove_oldest_but(&mut self, serial: u64) -> Option<Holder> {
+        let oldest = *self.by_age.keys().find(|oldest| **oldest != serial)?;
+        let holder = self.by_age.remove(&oldest)?;
+        self.bytes -= holder.bytes;
+        Some(holder)
     }
 
     /// Takes from what a stream holds. Returns whether it holds nothing any more.
@@ -107,7 +114,8 @@ impl Account {
     }
 
     fn add(self: &Arc<Self>, bytes: usize) -> bool {
-        let evicted = {
+        let mut evicted = vec![];
+        let is_allowed = {
             let mut state = self.state.lock();
             if state.is_evicted || state.is_lifted {
                 return state.is_lifted;
@@ -119,10 +127,9 @@ impl Account {
                 holders.by_age.insert(serial, Holder { bytes: 0, account: Arc::downgrade(self) });
                 serial
             });
-            holders.add(serial, bytes, self.budget.bytes_max)
+            holders.add(serial, bytes, self.budget.bytes_max, &mut evicted)
         };
-        let is_allowed = evicted.is_some();
-        for account in evicted.into_iter().flatten().filter_map(|account| account.upgrade()) {
+        for account in evicted.into_iter().filter_map(|account| account.upgrade()) {
             account.state.lock().is_evicted = true;
             (account.evict)();
         }
@@ -268,5 +275,72 @@ mod tests {
         assert_eq!(budget.holders.lock().bytes, 50);
         drop(part);
         assert_eq!(budget.holders.lock().bytes, 0);
+    }
+    #[test]
+    fn a_stream_that_gives_way_while_it_asks_for_more_is_charged_nothing() {
+        let budget = MessageBudget::new(100);
+        let (account, _) = account(&budget);
+        let mut held = Held::none(&account);
+        assert!(held.set(10));
+        let serial = account.state.lock().serial.expect("it holds something");
+        std::thread::scope(|scope| {
+            let mut holders = budget.holders.lock();
+            let asks = scope.spawn(move || held.set(50));
+            // It locks its own state first, and then waits for the holders.
+            while !account.state.is_locked() {
+                std::thread::yield_now();
+            }
+            holders.forget(serial);
+            drop(holders);
+            assert!(!asks.join().expect("a thread"), "its memory was taken meanwhile");
+        });
+        let holders = budget.holders.lock();
+        assert_eq!((holders.bytes, holders.by_age.len()), (0, 0));
+    }
+
+    #[test]
+    fn nothing_is_left_of_many_streams_that_make_each_other_give_way() {
+        const BYTES_MAX: usize = 10_000;
+        let budget = MessageBudget::new(BYTES_MAX);
+        let hold_and_evict = |seed: u64| {
+            let mut random = seed;
+            let mut below = |limit: usize| {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (random >> 33) as usize % limit
+            };
+            let mut streams: Vec<_> = std::iter::repeat_with(|| None).take(64).collect();
+            for _ in 0..20_000 {
+                let stream = &mut streams[below(64)];
+                let (account, evictions, held) = stream.get_or_insert_with(|| {
+                    let (account, evictions) = account(&budget);
+                    let held = Held::none(&account);
+                    (account, evictions, held)
+                });
+                // A long message takes the memory of many.
+                let bytes = if below(16) == 0 { below(BYTES_MAX) } else { below(64) };
+                let is_refused = !held.set(bytes);
+                let (evictions, is_evicted) = (evictions.load(Ordering::Relaxed), account.state.lock().is_evicted);
+                assert!(evictions <= usize::from(is_evicted), "a stream gives way once");
+                if is_refused {
+                    *stream = None;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for seed in 0..8 {
+                scope.spawn(move || hold_and_evict(seed));
+            }
+        });
+        let holders = budget.holders.lock();
+        assert_eq!((holders.bytes, holders.by_age.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_stream_whose_memory_was_taken_gets_no_more_and_is_charged_nothing() {
+        let mut holders = Holders { bytes: 100, next: 2, ..Holders::default() };
+        holders.by_age.insert(1, Holder { bytes: 100, account: Weak::new() });
+        let mut evicted = vec![];
+        assert!(!holders.add(0, 60, 100, &mut evicted), "its serial is gone");
+        assert_eq!((holders.bytes, evicted.len()), (100, 0), "nobody gives way to it");
     }
 }
