@@ -140,7 +140,9 @@ impl SecretStream {
         // If the stream is closed already, the first use reports it.
         let _ = wire.write(Bytes::copy_from_slice(&first_frame));
         let sealing = Sealing { sealer, frames: BytesMut::new(), last_sent: Instant::now() };
-        let opening = Opening { opener: Opener::new(&session), failed: None, held: None, raised_until: None };
+        let mut opener = Opener::new(&session);
+        opener.set_small(options.limits.is_some());
+        let opening = Opening { opener, failed: None, held: None, raised_until: None };
         let limits = options.limits.as_ref();
         let shared = Arc::new_cyclic(|shared: &Weak<Shared>| Shared {
             wire,

@@ -96,8 +96,10 @@ pub struct Opener {
     stream_id: [u8; 32],
     cipher: Option<Cipher>,
     received: BytesMut,
+    /// At most how much memory `received` occupies, apart from messages that were taken from it.
+    allocated: usize,
     message_bytes_max: usize,
-    chunk_bytes: usize,
+    is_small: bool,
 }
 
 impl Opener {
@@ -108,8 +110,9 @@ impl Opener {
             stream_id: stream_id(&session.hash, !session.is_initiator),
             cipher: None,
             received: BytesMut::new(),
+            allocated: 0,
             message_bytes_max: MESSAGE_BYTES_MAX,
-            chunk_bytes: CHUNK_BYTES,
+            is_small: false,
         }
     }
 
@@ -118,9 +121,9 @@ impl Opener {
         self.message_bytes_max = bytes.min(MESSAGE_BYTES_MAX);
     }
 
-    /// Sets whether to allocate little memory at once.
+    /// Sets whether to hold little more memory than the bytes that are buffered.
     pub fn set_small(&mut self, is_small: bool) {
-        self.chunk_bytes = if is_small { SMALL_CHUNK_BYTES } else { CHUNK_BYTES };
+        self.is_small = is_small;
     }
 
     /// Returns whether the next message is longer than the limit.
@@ -142,19 +145,47 @@ impl Opener {
         let free = self.received.capacity() - self.received.len();
         if free < bytes.len() {
             let expected = self.frame_bytes().unwrap_or(0).min(TRUSTED_BYTES).saturating_sub(self.received.len());
-            let needed = bytes.len().max(expected);
-            // Memory that earlier messages have freed is often large enough.
-            if !self.received.try_reclaim(needed) {
-                self.received.reserve(needed.max(self.chunk_bytes));
-            }
+            self.grow(bytes.len(), expected);
         }
         self.received.write_raw(bytes);
+    }
+
+    /// Makes room for so many bytes, and for more that are expected.
+    fn grow(&mut self, bytes: usize, expected: usize) {
+        if self.is_small {
+            // Memory at most doubles, so that a length alone takes none.
+            let buffered = self.received.len();
+            let doubled = if buffered < TRUSTED_BYTES { buffered.min(expected) } else { buffered };
+            return self.move_to(buffered + bytes.max(doubled).max(SMALL_CHUNK_BYTES));
+        }
+        let needed = bytes.max(expected);
+        // Memory that earlier messages have freed is often large enough.
+        if !self.received.try_reclaim(needed) {
+            self.received.reserve(needed.max(CHUNK_BYTES));
+        }
+    }
+
+    /// Moves the buffered bytes to memory of this size, because they would keep all of the old one from being freed.
+    fn move_to(&mut self, capacity: usize) {
+        let mut moved = BytesMut::with_capacity(capacity);
+        moved.extend_from_slice(&self.received);
+        self.received = moved;
+        self.allocated = capacity;
     }
 
     /// Returns the next message if it is complete. Empty messages are keep-alives and are skipped.
     ///
     /// After an error the stream cannot be used any more.
     pub fn pop(&mut self) -> Result<Option<Bytes>, DecryptError> {
+        let message = self.pop_frame();
+        // At most as much is moved as is freed, so that moving costs little.
+        if self.is_small && self.allocated > SMALL_CHUNK_BYTES && 2 * self.received.len() <= self.allocated {
+            self.move_to(self.received.len());
+        }
+        message
+    }
+
+    fn pop_frame(&mut self) -> Result<Option<Bytes>, DecryptError> {
         while let Some(frame_bytes) = self.frame_bytes() {
             let body_bytes = frame_bytes - LENGTH_BYTES;
             let exceeds_limit = self.exceeds_limit(frame_bytes);
@@ -174,7 +205,7 @@ impl Opener {
             if self.received.len() < frame_bytes || exceeds_limit {
                 return Ok(None);
             }
-            if body_bytes <= COPIED_BYTES_MAX {
+            if body_bytes <= COPIED_BYTES_MAX || self.is_small && 2 * frame_bytes < self.allocated {
                 let body = &mut self.received[LENGTH_BYTES..frame_bytes];
                 cipher.open(body).map_err(|_| DecryptError::Forged)?;
                 let message = Bytes::copy_from_slice(&body[1..=body_bytes - OVERHEAD_BYTES]);
@@ -334,9 +365,46 @@ mod tests {
         assert!(opener.received.capacity() <= 2 * TRUSTED_BYTES);
     }
 
+    #[test]
+    fn a_small_opener_holds_little_more_than_what_is_buffered() {
+        let (mut sealer, first) = Sealer::new(&session(false), [6; HEADER_BYTES]);
+        let mut opener = Opener::new(&session(true));
+        opener.set_small(true);
+        opener.feed(&first);
+        for length in [10, 100, 5_000, 64 * 1024, 3_000, 130 * 1024, 20, 64 * 1024, 1] {
+            let mut frames = BytesMut::new();
+            for _ in 0..3 {
+                sealer.seal(&vec![7; length], &[], &mut frames).unwrap();
+            }
+            for piece in frames.chunks(10_000) {
+                opener.feed(piece);
+                for message in opened(&mut opener).unwrap() {
+                    let message = message.try_into_mut().expect("memory of its own");
+                    assert!(message.capacity() <= 3 * message.len() + SMALL_CHUNK_BYTES, "{}", message.capacity());
+                }
+                let (held, buffered) = (opener.received.capacity().max(opener.allocated), opener.received.len());
+                assert!(held <= 2 * buffered + 10_000 + SMALL_CHUNK_BYTES, "{held} bytes for {buffered}");
+            }
+            assert!(opener.received.is_empty() && opener.received.capacity() <= 2 * SMALL_CHUNK_BYTES);
+        }
+    }
+
+    #[test]
+    fn a_length_alone_makes_a_small_opener_hold_nothing() {
+        let (_, first) = Sealer::new(&session(false), [6; HEADER_BYTES]);
+        let mut opener = Opener::new(&session(true));
+        opener.set_small(true);
+        opener.feed(&first);
+        assert_eq!(opener.pop(), Ok(None));
+        opener.feed(&[0xff, 0xff, 0x01]);
+        opener.feed(&[0; 5_000]);
+        assert!(opener.received.capacity() <= 2 * 5_003 + SMALL_CHUNK_BYTES);
+    }
+
     proptest! {
         #[test]
         fn frames_may_be_cut_anywhere(
+            is_small: bool,
             messages in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..3000), 0..12),
             cuts in proptest::collection::vec(1_usize..2000, 1..20),
         ) {
@@ -346,6 +414,7 @@ mod tests {
                 sealer.seal(b"", &[message], &mut frames).unwrap();
             }
             let mut opener = Opener::new(&session(true));
+            opener.set_small(is_small);
             let mut received = Vec::new();
             let mut rest = &frames[..];
             for cut in cuts.iter().cycle() {
@@ -360,8 +429,9 @@ mod tests {
         }
 
         #[test]
-        fn foreign_bytes_never_panic(pieces: Vec<Vec<u8>>, after_first: bool) {
+        fn foreign_bytes_never_panic(pieces: Vec<Vec<u8>>, after_first: bool, is_small: bool) {
             let mut opener = Opener::new(&session(true));
+            opener.set_small(is_small);
             if after_first {
                 opener.feed(&Sealer::new(&session(false), [6; HEADER_BYTES]).1);
             }

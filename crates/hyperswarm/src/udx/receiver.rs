@@ -136,6 +136,8 @@ impl Receiver {
             Some(chunk) if chunk.capacity() - chunk.len() >= payload.len() => chunk.extend_from_slice(payload),
             last => {
                 let grown = last.map_or(0, |chunk| chunk.capacity() * 2);
+                // What a budget limits may be refused, however much of it is announced.
+                let expected = if self.share.is_some() { 0 } else { expected };
                 let mut chunk = BytesMut::with_capacity(grown.max(expected).min(CHUNK_MAX).max(payload.len()));
                 chunk.extend_from_slice(payload);
                 self.chunks.push_back(chunk);
@@ -198,5 +200,22 @@ impl Receiver {
         self.ranges = Vec::new();
         self.early_cost = 0;
         self.release();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Budget;
+    use super::*;
+
+    #[test]
+    fn a_limited_stream_takes_memory_for_what_has_arrived_only() {
+        let held = |share| {
+            let mut receiver = Receiver::new(0, 65_536, share);
+            receiver.receive(0, DATA, &[1; 1000], 60_000);
+            receiver.chunks[0].capacity()
+        };
+        assert!(held(None) >= 60_000, "the rest of the batch follows");
+        assert!(held(Some(Share::of(&Budget::new(100_000)))) < 2_000, "the budget may refuse the rest");
     }
 }
