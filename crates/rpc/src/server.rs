@@ -93,7 +93,7 @@ impl Default for ServerLimits {
             strangers_calls_max: 2048,
             strangers_calls_per_peer_max: 128,
             body_bytes_max: 256 * 1024 * 1024,
-            strangers_body_bytes_max: 8 * 1024 * 1024,
+            strangers_body_bytes_max: 4 * 1024 * 1024,
             connections_max: 16_384,
             strangers_connections_max: 8192,
             connections_per_peer_max: 8,
