@@ -8,6 +8,8 @@
 //! `docs/adr/0050-engines-in-a-sandbox.md`.
 
 #[cfg(target_os = "linux")]
+mod call_numbers;
+#[cfg(target_os = "linux")]
 mod files;
 #[cfg(target_os = "linux")]
 mod system_calls;

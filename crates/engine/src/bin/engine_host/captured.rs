@@ -114,6 +114,7 @@ fn attempt(name: &str, argument: &str) -> io::Result<()> {
         // SAFETY: the call makes a descriptor and reads no memory.
         "handle" => check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid(argument)?, 0) } as i32),
         "ring" => ring(),
+        "call" => call(argument),
         _ => Err(Error::other("there is no such attempt")),
     }
 }
@@ -142,6 +143,19 @@ fn trace(process: libc::pid_t) -> io::Result<()> {
     let nothing = std::ptr::null_mut::<libc::c_void>();
     // SAFETY: seizing stops nothing and writes no memory.
     check(unsafe { libc::ptrace(libc::PTRACE_SEIZE, process, nothing, nothing) } as i32)
+}
+
+/// Makes the system call of a number, with these first arguments and senseless others. Succeeds if a filter lets it
+/// through, whatever the kernel then says.
+fn call(numbers: &str) -> io::Result<()> {
+    let mut numbers = numbers.split(' ').map(|number| number.parse::<libc::c_long>().map_err(Error::other));
+    let mut next = || numbers.next().unwrap_or(Ok(-1));
+    let (number, arguments) = (next()?, [next()?, next()?, next()?]);
+    let [first, second, third] = arguments;
+    // SAFETY: the other arguments are -1, which is no address.
+    let result = unsafe { libc::syscall(number, first, second, third, -1_i64, -1_i64, -1_i64) };
+    let error = Error::last_os_error();
+    if result < 0 && error.raw_os_error() == Some(libc::EPERM) { Err(error) } else { Ok(()) }
 }
 
 /// Makes an asynchronous queue, through which other calls can be made past a filter.

@@ -11,7 +11,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::Needs;
+use super::{Needs, call_numbers};
 
 /// Which calls a filter means: those with any arguments, or those for which all conditions of one rule hold.
 type Calls = BTreeMap<c_long, Vec<SeccompRule>>;
@@ -29,7 +29,7 @@ pub(super) fn close(needs: &Needs<'_>) -> Result<(), String> {
     })
 }
 
-fn filters(needs: &Needs<'_>, pid: u32, arch: TargetArch) -> Result<[BpfProgram; 2], BackendError> {
+fn filters(needs: &Needs<'_>, pid: u32, arch: TargetArch) -> Result<[BpfProgram; 3], BackendError> {
     let refusal = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     let filter = if needs.drivers {
         SeccompFilter::new(refused(pid)?, SeccompAction::Allow, refusal, arch)?
@@ -41,7 +41,8 @@ fn filters(needs: &Needs<'_>, pid: u32, arch: TargetArch) -> Result<[BpfProgram;
     let missing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     let clone3 = Calls::from([(libc::SYS_clone3, Vec::new())]);
     let clone3 = SeccompFilter::new(clone3, SeccompAction::Allow, missing, arch)?;
-    Ok([clone3.try_into()?, filter.try_into()?])
+    // The last filter is the one that refuses further filters.
+    Ok([clone3.try_into()?, call_numbers::filter(), filter.try_into()?])
 }
 
 /// Calls that only concern the process itself and the descriptors it has.
