@@ -41,6 +41,10 @@ const PREFIXES: [&str; 20] = [
     "ZE_",
 ];
 
+/// Variables that have OpenMP choose the cores of its threads. No engine may, because the sandbox cannot tell its
+/// threads from those of other processes, and OpenMP ends a process whose threads it cannot place.
+const PLACES: [&str; 3] = ["GOMP_CPU_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND"];
+
 /// Words in the names of secrets, whatever they begin with.
 const SECRETS: [&str; 5] = ["CREDENTIAL", "KEY", "PASSWORD", "SECRET", "TOKEN"];
 
@@ -53,7 +57,7 @@ pub(super) fn inherited(
 
 fn is_inherited(name: &str) -> bool {
     let is_known = NAMES.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix));
-    is_known && !SECRETS.iter().any(|word| name.contains(word))
+    is_known && !PLACES.contains(&name) && !SECRETS.iter().any(|word| name.contains(word))
 }
 
 #[cfg(test)]
@@ -68,6 +72,7 @@ mod tests {
         for name in ["TETHER_API_KEY", "TETHER_GATEWAY__BIND", "AWS_SECRET_ACCESS_KEY", "NVIDIA_API_KEY", "PATH", ""] {
             assert!(!is_inherited(name), "{name}");
         }
+        assert!(PLACES.iter().all(|name| !is_inherited(name)));
         assert!(!is_inherited("CUDA_DOWNLOAD_TOKEN") && !is_inherited("MY_LD_PRELOAD"));
     }
 }

@@ -96,6 +96,8 @@ struct Means {
     seccomp: Result<String, String>,
     /// Threads that Landlock does not cover.
     threads_outside: usize,
+    /// Whether files that may only be read can be emptied.
+    may_empty_files: bool,
 }
 
 /// Closes the sandbox of this process for good, tries what it closes, and reports.
@@ -107,6 +109,7 @@ pub(super) fn close(needs: &Needs<'_>) -> Sandbox {
     let files = files::close(needs);
     let covers_threads = files.as_ref().is_ok_and(|closed| closed.all_threads);
     let means = Means {
+        may_empty_files: needs.drivers && files.as_ref().is_ok_and(|closed| closed.abi < files::GUARDS_LENGTH),
         threads_outside: if covers_threads { 0 } else { threads.saturating_sub(1) },
         landlock: files.map(|closed| format!("Landlock ABI {}", closed.abi)),
         seccomp: system_calls::close(needs).map(|()| "seccomp".to_owned()),
@@ -151,6 +154,13 @@ fn report(means: &Means, within_reach: &[(Target, bool)]) -> Sandbox {
             means.threads_outside
         ));
     }
+    if means.may_empty_files {
+        gaps.push(
+            "libraries and devices that drivers may read can be emptied by whoever may write to them, because \
+             Landlock guards the length of files only since Linux 6.2"
+                .to_owned(),
+        );
+    }
     let means = all.into_iter().filter_map(|one| one.clone().ok()).collect();
     Sandbox::On { closed: is_open(false).collect(), gaps, means }
 }
@@ -163,7 +173,8 @@ mod tests {
 
     fn reported(landlock: Result<&str, &str>, seccomp: Result<&str, &str>, open: &[Target]) -> Sandbox {
         let owned = |one: Result<&str, &str>| one.map(str::to_owned).map_err(str::to_owned);
-        let means = Means { landlock: owned(landlock), seccomp: owned(seccomp), threads_outside: 0 };
+        let (landlock, seccomp) = (owned(landlock), owned(seccomp));
+        let means = Means { landlock, seccomp, threads_outside: 0, may_empty_files: false };
         report(&means, &ALL.map(|target| (target, open.contains(&target))))
     }
 
@@ -183,5 +194,13 @@ mod tests {
         let none = reported(Err("no Landlock"), Err("no seccomp"), &ALL);
         assert!(!none.is_complete() && !Sandbox::Off.is_complete());
         assert!(none.to_string().starts_with("files within reach: no Landlock, and no seccomp; network"), "{none}");
+    }
+
+    #[test]
+    fn a_landlock_that_does_not_guard_the_length_of_files_is_told_as_a_gap() {
+        let (landlock, seccomp) = (Ok("Landlock ABI 2".to_owned()), Ok("seccomp".to_owned()));
+        let means = Means { landlock, seccomp, threads_outside: 0, may_empty_files: true };
+        let sandbox = report(&means, &ALL.map(|target| (target, false)));
+        assert!(!sandbox.is_complete() && sandbox.to_string().contains("can be emptied"), "{sandbox}");
     }
 }

@@ -65,9 +65,39 @@ const X32_CALLS: &[&str] = &["call 1073741863", "call 1073741866", "call 1073742
 #[cfg(not(target_arch = "x86_64"))]
 const X32_CALLS: &[&str] = &[];
 
+/// Calls that change what a file is, or its length: `fchmod`, `fchown`, `fsetxattr`, `fremovexattr`, `truncate`,
+/// `fchmodat2`, `setxattrat`, `removexattrat`, `file_setattr`, `ioctl` with `FS_IOC_SETFLAGS`, and `fcntl` with
+/// `F_SETLEASE`. `F_SETOWN` is not about files.
+#[rustfmt::skip]
+fn file_calls() -> Vec<String> {
+    let numbers = [
+        libc::SYS_fchmod, libc::SYS_fchown, libc::SYS_fsetxattr, libc::SYS_fremovexattr, libc::SYS_truncate,
+        452, 463, 466, 469,
+    ];
+    let commands = [(libc::SYS_ioctl, 0x4008_6602), (libc::SYS_fcntl, 1_024), (libc::SYS_fcntl, 8)];
+    let with_commands = commands.map(|(number, command)| format!("call {number} -1 {command}"));
+    numbers.map(|number| format!("call {number}")).into_iter().chain(with_commands).collect()
+}
+
+/// Calls that reach other processes: their scheduling and that of their reads, and System V's queues, semaphores and
+/// memory, which may exist already.
+#[rustfmt::skip]
+fn process_calls() -> Vec<String> {
+    let with_a_process = [
+        libc::SYS_sched_setaffinity, libc::SYS_sched_setscheduler, libc::SYS_sched_setparam, libc::SYS_sched_setattr,
+    ];
+    let plain = [
+        libc::SYS_ioprio_set, libc::SYS_msgsnd, libc::SYS_msgrcv, libc::SYS_msgctl, libc::SYS_semop,
+        libc::SYS_semtimedop, libc::SYS_semctl, libc::SYS_shmat, libc::SYS_shmctl, libc::SYS_shmdt,
+    ];
+    let pid = std::process::id();
+    let with_a_process = with_a_process.map(|number| format!("call {number} {pid}"));
+    plain.map(|number| format!("call {number}")).into_iter().chain(with_a_process).collect()
+}
+
 /// Returns system calls that no filter may let through.
 fn calls() -> Vec<String> {
-    X32_CALLS.iter().map(|&call| call.to_owned()).collect()
+    X32_CALLS.iter().map(|&call| call.to_owned()).chain(file_calls()).chain(process_calls()).collect()
 }
 
 /// Returns ways out that some systems refuse without a sandbox as well.
@@ -139,6 +169,19 @@ async fn an_engine_whose_drivers_need_room_reaches_no_more_than_libraries_and_it
     assert_eq!(succeeded(&runtime, &model, &ways_out).await, ["read /proc/self/environ"]);
     let needed = ["list /usr/lib", "read /proc/cpuinfo"].map(str::to_owned);
     assert_eq!(succeeded(&runtime, &model, &needed).await, needed);
+    let own_scheduling = [format!("call {} 0", libc::SYS_sched_setaffinity)];
+    assert_eq!(succeeded(&runtime, &model, &own_scheduling).await, own_scheduling);
+}
+
+#[tokio::test]
+async fn an_engine_still_sees_the_size_and_times_of_files() {
+    // A filter sees no paths, and Landlock does not ask who looks. The ADR says so, and must change with this.
+    let worker = Worker::new();
+    for kind in ["mock", "gpu"] {
+        let (runtime, model) = captured(kind, tiny(), options()).await;
+        let visible = [format!("look {}", worker.path("root.key"))];
+        assert_eq!(succeeded(&runtime, &model, &visible).await, visible);
+    }
 }
 
 #[tokio::test]

@@ -99,6 +99,7 @@ fn attempt(name: &str, argument: &str) -> io::Result<()> {
         "environment" if env::var_os(argument).is_some() => Ok(()),
         "environment" => Err(Error::other("it is not set")),
         "read" => fs::read(argument).map(drop),
+        "look" => fs::metadata(argument).map(drop),
         "list" => fs::read_dir(argument).map(drop),
         "write" => fs::write(argument, "written"),
         "mode" => fs::set_permissions(argument, fs::metadata(argument)?.permissions()),

@@ -12,6 +12,9 @@ use super::Needs;
 /// What this program knows of Landlock. Older kernels enforce what they know.
 const KNOWN: ABI = ABI::V10;
 
+/// The first version of Landlock that guards the length of files.
+pub(super) const GUARDS_LENGTH: i32 = 3;
+
 /// Landlock in force.
 pub(super) struct Closed {
     pub(super) abi: i32,

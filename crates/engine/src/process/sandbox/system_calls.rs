@@ -61,7 +61,7 @@ const HARMLESS: &[c_long] = &[
     // Threads.
     libc::SYS_clone3, libc::SYS_futex, libc::SYS_set_robust_list, libc::SYS_get_robust_list, libc::SYS_rseq,
     libc::SYS_membarrier, libc::SYS_set_tid_address, libc::SYS_sched_yield, libc::SYS_sched_getaffinity,
-    libc::SYS_sched_setaffinity, libc::SYS_getcpu, libc::SYS_exit, libc::SYS_exit_group, libc::SYS_restart_syscall,
+    libc::SYS_getcpu, libc::SYS_exit, libc::SYS_exit_group, libc::SYS_restart_syscall,
     // Signal handlers.
     libc::SYS_rt_sigaction, libc::SYS_rt_sigprocmask, libc::SYS_rt_sigreturn, libc::SYS_sigaltstack,
     // Clocks.
@@ -94,20 +94,37 @@ const HARMFUL: &[c_long] = &[
     libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace, libc::SYS_process_vm_readv, libc::SYS_process_vm_writev,
     libc::SYS_process_madvise, libc::SYS_process_mrelease, libc::SYS_pidfd_open, libc::SYS_pidfd_getfd,
     libc::SYS_pidfd_send_signal, libc::SYS_tkill, libc::SYS_rt_sigqueueinfo, libc::SYS_rt_tgsigqueueinfo,
-    libc::SYS_kcmp, libc::SYS_setpriority, libc::SYS_setns, libc::SYS_unshare, libc::SYS_shmget, libc::SYS_shmat,
-    libc::SYS_shmctl, libc::SYS_msgget, libc::SYS_semget, libc::SYS_mq_open, libc::SYS_mq_unlink,
+    libc::SYS_kcmp, libc::SYS_setpriority, libc::SYS_ioprio_set, libc::SYS_migrate_pages, libc::SYS_setns,
+    libc::SYS_unshare, libc::SYS_shmget, libc::SYS_shmat, libc::SYS_shmdt, libc::SYS_shmctl, libc::SYS_msgget,
+    libc::SYS_msgsnd, libc::SYS_msgrcv, libc::SYS_msgctl, libc::SYS_semget, libc::SYS_semop, libc::SYS_semtimedop,
+    libc::SYS_semctl, libc::SYS_mq_open, libc::SYS_mq_unlink,
     // Files, where Landlock does not look.
     libc::SYS_chroot, libc::SYS_pivot_root, libc::SYS_mount, libc::SYS_umount2, libc::SYS_move_mount,
     libc::SYS_open_tree, libc::SYS_fsopen, libc::SYS_fsconfig, libc::SYS_fsmount, libc::SYS_fspick,
-    libc::SYS_mount_setattr, libc::SYS_name_to_handle_at, libc::SYS_open_by_handle_at, libc::SYS_fchmodat,
-    libc::SYS_fchownat, libc::SYS_setxattr, libc::SYS_lsetxattr, libc::SYS_removexattr, libc::SYS_utimensat,
-    libc::SYS_quotactl, libc::SYS_acct, libc::SYS_swapon, libc::SYS_swapoff, libc::SYS_fanotify_init,
+    libc::SYS_mount_setattr, libc::SYS_name_to_handle_at, libc::SYS_open_by_handle_at, libc::SYS_quotactl,
+    libc::SYS_acct, libc::SYS_swapon, libc::SYS_swapoff, libc::SYS_fanotify_init, libc::SYS_fanotify_mark,
+    // What files are, which Landlock leaves alone, and their length, which it guards since its third version only.
+    libc::SYS_fchmod, libc::SYS_fchmodat, libc::SYS_fchown, libc::SYS_fchownat, libc::SYS_setxattr,
+    libc::SYS_lsetxattr, libc::SYS_fsetxattr, libc::SYS_removexattr, libc::SYS_lremovexattr, libc::SYS_fremovexattr,
+    libc::SYS_utimensat, libc::SYS_truncate,
     // The kernel.
     libc::SYS_bpf, libc::SYS_perf_event_open, libc::SYS_userfaultfd, libc::SYS_keyctl, libc::SYS_add_key,
     libc::SYS_request_key, libc::SYS_init_module, libc::SYS_finit_module, libc::SYS_delete_module,
-    libc::SYS_kexec_load, libc::SYS_reboot, libc::SYS_syslog, libc::SYS_personality, libc::SYS_settimeofday,
-    libc::SYS_clock_settime, libc::SYS_adjtimex, libc::SYS_clock_adjtime, libc::SYS_sethostname,
-    libc::SYS_setdomainname, libc::SYS_setuid, libc::SYS_setgid, libc::SYS_setgroups, libc::SYS_capset,
+    libc::SYS_kexec_load, libc::SYS_kexec_file_load, libc::SYS_reboot, libc::SYS_syslog, libc::SYS_personality,
+    libc::SYS_settimeofday, libc::SYS_clock_settime, libc::SYS_adjtimex, libc::SYS_clock_adjtime, libc::SYS_sethostname,
+    libc::SYS_setdomainname, libc::SYS_setuid, libc::SYS_setgid, libc::SYS_setreuid, libc::SYS_setregid,
+    libc::SYS_setresuid, libc::SYS_setresgid, libc::SYS_setfsuid, libc::SYS_setfsgid, libc::SYS_setgroups,
+    libc::SYS_capset,
+];
+
+/// Newer calls that the C library does not name on every processor. All have them under the same number.
+const HARMFUL_SINCE: &[c_long] = &[
+    443, // `quotactl_fd`
+    452, // `fchmodat2`
+    463, // `setxattrat`
+    466, // `removexattrat`
+    467, // `open_tree_attr`
+    469, // `file_setattr`
 ];
 
 /// Older calls that newer processors do not have.
@@ -115,10 +132,42 @@ const HARMFUL: &[c_long] = &[
 #[rustfmt::skip]
 const HARMFUL_BEFORE: &[c_long] = &[
     libc::SYS_fork, libc::SYS_vfork, libc::SYS_chmod, libc::SYS_chown, libc::SYS_lchown, libc::SYS_utime,
-    libc::SYS_utimes, libc::SYS_iopl, libc::SYS_ioperm, libc::SYS_modify_ldt,
+    libc::SYS_utimes, libc::SYS_futimesat, libc::SYS_iopl, libc::SYS_ioperm, libc::SYS_modify_ldt,
 ];
 #[cfg(not(target_arch = "x86_64"))]
 const HARMFUL_BEFORE: &[c_long] = &[];
+
+/// Calls that change where and when a thread runs, or where its memory lies, of this process or of another one.
+#[rustfmt::skip]
+const SCHEDULING: &[c_long] = &[
+    libc::SYS_sched_setaffinity, libc::SYS_sched_setscheduler, libc::SYS_sched_setparam, libc::SYS_sched_setattr,
+    libc::SYS_move_pages,
+];
+
+/// Commands of `ioctl` that change files through a descriptor that only reads, or that reach other processes.
+const HARMFUL_COMMANDS: &[u64] = &[
+    0x4008_6602, // `FS_IOC_SETFLAGS`
+    0x4004_6602, // the same for 32 bits
+    0x4008_7602, // `FS_IOC_SETVERSION`
+    0x401c_5820, // `FS_IOC_FSSETXATTR`
+    0x4080_6685, // `FS_IOC_ENABLE_VERITY`
+    0xc004_5877, // `FIFREEZE`
+    0xc004_5878, // `FITHAW`
+    0xc018_5879, // `FITRIM`
+    0x8901,      // `FIOSETOWN`
+    0x8902,      // `SIOCSPGRP`
+    0x5412,      // `TIOCSTI`
+    0x541c,      // `TIOCLINUX`
+];
+
+/// Operations of `fcntl` that make the kernel signal other processes, or hold them up when they open a file.
+const HARMFUL_OPERATIONS: &[u64] = &[
+    8,     // `F_SETOWN`
+    10,    // `F_SETSIG`
+    15,    // `F_SETOWN_EX`
+    1_024, // `F_SETLEASE`
+    1_026, // `F_NOTIFY`
+];
 
 /// Returns the only calls that an engine without a GPU may make.
 fn allowed(needs: &Needs<'_>, pid: u32) -> Result<Calls, BackendError> {
@@ -141,38 +190,51 @@ fn allowed(needs: &Needs<'_>, pid: u32) -> Result<Calls, BackendError> {
         (libc::SYS_sendto, vec![rule([nowhere()?])?]),
         (libc::SYS_socketpair, vec![rule(unix)?]),
         (libc::SYS_prlimit64, vec![rule([is(0, 0)?])?]),
-        (libc::SYS_prctl, any(0, &[libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_VMA])?),
-        (libc::SYS_ioctl, any(1, &[libc::FIONBIO as i32, libc::FIOCLEX as i32, libc::TCGETS as i32])?),
+        // 0 is the calling thread.
+        (libc::SYS_sched_setaffinity, vec![rule([is(0, 0)?])?]),
+        (
+            libc::SYS_prctl,
+            any(0, &[libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_VMA].map(|option| option as u64))?,
+        ),
+        (libc::SYS_ioctl, any(1, &[libc::FIONBIO as u64, libc::FIOCLEX as u64, libc::TCGETS as u64])?),
         (
             libc::SYS_fcntl,
             // Not `F_SETOWN`, which makes the kernel signal another process.
             any(
                 1,
-                &[libc::F_DUPFD, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL],
+                &[libc::F_DUPFD, libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL]
+                    .map(|operation| operation as u64),
             )?,
         ),
     ]);
     if !needs.files.is_empty() {
-        // Landlock says which files.
-        calls.insert(libc::SYS_openat, Vec::new());
+        // Landlock says which files. Before its third version, it lets a file that may be read be emptied as well.
+        let changing = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
+        calls.insert(libc::SYS_openat, vec![rule([masked(2, changing, libc::O_RDONLY as u64)?])?]);
     }
     Ok(calls)
 }
 
+fn harmful() -> impl Iterator<Item = c_long> {
+    [HARMFUL, HARMFUL_SINCE, HARMFUL_BEFORE].into_iter().flatten().copied()
+}
+
 /// Returns the calls that an engine with a GPU may not make.
 fn refused(pid: u32) -> Result<Calls, BackendError> {
-    let mut calls: Calls = HARMFUL.iter().chain(HARMFUL_BEFORE).map(|call| (*call, Vec::new())).collect();
-    let others = || SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, pid.into());
+    let mut calls: Calls = harmful().map(|call| (call, Vec::new())).collect();
+    let is_not = |value: u32| SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, value.into());
+    let others = || is_not(pid);
+    let others_than_caller = vec![rule([others()?, is_not(0)?])?];
+    calls.extend(SCHEDULING.iter().map(|call| (*call, others_than_caller.clone())));
     let addressed = SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Ne, 0);
     calls.extend([
         (libc::SYS_clone, vec![rule([masked(0, libc::CLONE_THREAD as u64, 0)?])?]),
         (libc::SYS_kill, vec![rule([others()?])?]),
         (libc::SYS_tgkill, vec![rule([others()?])?]),
         (libc::SYS_sendto, vec![rule([addressed?])?]),
-        (
-            libc::SYS_prlimit64,
-            vec![rule([others()?, SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, 0)?])?],
-        ),
+        (libc::SYS_ioctl, any(1, HARMFUL_COMMANDS)?),
+        (libc::SYS_fcntl, any(1, HARMFUL_OPERATIONS)?),
+        (libc::SYS_prlimit64, others_than_caller),
     ]);
     Ok(calls)
 }
@@ -195,8 +257,8 @@ fn nowhere() -> Result<SeccompCondition, BackendError> {
 }
 
 /// Returns rules of which one holds if the argument is one of these values.
-fn any(argument: u8, values: &[i32]) -> Result<Vec<SeccompRule>, BackendError> {
-    values.iter().map(|value| rule([is(argument, u64::from(value.unsigned_abs()))?])).collect()
+fn any(argument: u8, values: &[u64]) -> Result<Vec<SeccompRule>, BackendError> {
+    values.iter().map(|value| rule([is(argument, *value)?])).collect()
 }
 
 #[cfg(test)]
@@ -214,10 +276,15 @@ mod tests {
     }
 
     #[test]
+    fn every_call_of_a_list_is_known_to_the_filter_of_numbers() {
+        let newest = refused(7).expect("it is sound").into_keys().max();
+        assert!(newest.is_some_and(|newest| newest <= c_long::from(call_numbers::NEWEST_REVIEWED)), "{newest:?}");
+    }
+
+    #[test]
     fn no_call_that_leads_out_is_among_the_harmless() {
         let allowed = allowed(&Needs::default(), 7).expect("it is sound");
-        let harmful = HARMFUL.iter().chain(HARMFUL_BEFORE);
-        assert_eq!(harmful.filter(|call| allowed.contains_key(call)).count(), 0);
+        assert_eq!(harmful().filter(|call| allowed.contains_key(call)).count(), 0);
         assert!(!allowed.contains_key(&libc::SYS_openat));
         for call in [libc::SYS_clone, libc::SYS_kill, libc::SYS_sendto, libc::SYS_fcntl, libc::SYS_ioctl] {
             assert!(!allowed[&call].is_empty(), "{call} is allowed with any argument");
