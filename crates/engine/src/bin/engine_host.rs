@@ -35,12 +35,15 @@ fn main() -> ExitCode {
 /// Serves a runtime that a malicious model has taken over.
 #[cfg(target_os = "linux")]
 fn captured(kind: Option<&str>) -> Result<(), ServeError> {
+    let (has_gpu, panics_when_it_loads) = (kind == Some("gpu"), kind == Some("panicking"));
     match kind {
         #[cfg(feature = "llama")]
-        Some("llama") => serve_child(Captured { runtime: tether_engine::LlamaRuntime::new(), has_gpu: false }),
-        kind => {
+        Some("llama") => {
+            serve_child(Captured { runtime: tether_engine::LlamaRuntime::new(), has_gpu, panics_when_it_loads })
+        }
+        _ => {
             let runtime = MockRuntime::new(MockOptions::default());
-            serve_child(Captured { runtime, has_gpu: kind == Some("gpu") })
+            serve_child(Captured { runtime, has_gpu, panics_when_it_loads })
         }
     }
 }

@@ -1,16 +1,20 @@
 //! The engine process: serves one model of any runtime to the worker that started it.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use parking_lot::Mutex;
 use tokio::net::UnixStream;
 use tokio::runtime::Builder;
 use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::task::JoinHandle;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -48,7 +52,8 @@ pub enum ServeError {
 /// Serves one model until it is unloaded. Standard input is the socket for files, and standard output the socket for
 /// frames.
 ///
-/// If the worker is gone, the whole process is killed at once, even in the middle of a decode.
+/// If the worker is gone, the whole process is killed at once, even in the middle of a decode. If a task panics, the
+/// process aborts, because nobody else would answer what the task was asked.
 ///
 /// Call it before any other thread is started. It first starts the runtime's drivers, then waits for the model's files,
 /// and closes the sandbox before anything is read of them.
@@ -71,6 +76,7 @@ pub fn serve_child(runtime: impl ModelRuntime) -> Result<(), ServeError> {
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
             Ok(())
         }
+        Ok(End::Panicked) => std::process::abort(),
         Err(error) => Err(ServeError::Protocol(error.to_string())),
     }
 }
@@ -146,6 +152,33 @@ fn close_sandbox(load: &Load, hello: &ToParent) -> Sandbox {
 enum End {
     Unloaded,
     WorkerGone,
+    /// A task panicked.
+    Panicked,
+}
+
+/// The tasks of the engine process.
+#[derive(Default)]
+struct Tasks {
+    tracker: TaskTracker,
+    panicked: CancellationToken,
+}
+
+impl Tasks {
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+        let panicked = self.panicked.clone();
+        self.tracker.spawn(async move {
+            if let Err(panic) = AssertUnwindSafe(task).catch_unwind().await {
+                // The worker reads the line with the cause from standard error.
+                let _ = writeln!(io::stderr(), "error: the engine panicked: {}", message(&*panic));
+                panicked.cancel();
+            }
+        })
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("it does not say why")
 }
 
 /// The state that the tasks of the engine process share.
@@ -173,18 +206,20 @@ async fn serve<R: ModelRuntime>(
 ) -> Result<End, PipeError> {
     let (reading, writing) = socket.into_split();
     let (outgoing, queue) = mpsc::channel(FRAMES_MAX);
-    let tasks = TaskTracker::new();
+    let tasks = Tasks::default();
     let stop = CancellationToken::new();
     let _stop = stop.clone().drop_guard();
     let writer = tasks.spawn(write_frames(queue, writing));
     let server =
         Arc::new(Server { runtime, model: Mutex::default(), calls: Mutex::default(), outgoing, busy: Notify::new() });
     tasks.spawn(Arc::clone(&server).load(work));
-    tasks.spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&server).report()));
+    let report = stop.clone().run_until_cancelled_owned(Arc::clone(&server).report());
+    tasks.spawn(report.map(|_| ()));
 
     let mut frames = FrameReader::new(reading);
     let end = loop {
-        let Some(message) = frames.next().await? else { break End::WorkerGone };
+        let Some(message) = tasks.panicked.run_until_cancelled(frames.next()).await else { break End::Panicked };
+        let Some(message) = message? else { break End::WorkerGone };
         match message {
             ToChild::Load { .. } => return Err(io::Error::other("it sent a second model").into()),
             ToChild::Generate { id, request } => {
@@ -222,7 +257,7 @@ async fn serve<R: ModelRuntime>(
         }
         stop.cancel();
         drop(server);
-        tasks.close();
+        tasks.tracker.close();
         // The writer ends once every task has dropped its sender, after the last frame is written.
         let _ = time::timeout(FAREWELL, writer).await;
     }

@@ -8,7 +8,7 @@ use tether_engine::{
 };
 use tokio::time::Instant;
 
-use crate::{ask, doubling, read, run, tiny, tiny_with_template, until, within};
+use crate::{ask, doubling, options, read, run, tiny, tiny_with_template, until, within};
 
 pub(crate) fn host(arguments: &[&str]) -> ProcessRuntime {
     ProcessRuntime::new(ChildCommand {
@@ -319,4 +319,12 @@ async fn readers_that_do_not_read_and_those_behind_them_are_no_hang() {
     // Nor is an engine without work.
     tokio::time::sleep(STALL_TIMEOUT * 2).await;
     assert!(is_alive(model.pid.expect("it has a process")));
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_load_that_panics_fails_at_once_and_says_why() {
+    let runtime = host(&["captured", "panicking"]);
+    let error = within(runtime.load(tiny(), options(), no_progress())).await.expect_err("it panics");
+    assert!(error.to_string().contains("the load panics"), "{error}");
 }

@@ -24,6 +24,7 @@ pub(super) struct Captured<R> {
     pub(super) runtime: R,
     /// Whether it says that it computes on a GPU, so that its sandbox leaves room for drivers.
     pub(super) has_gpu: bool,
+    pub(super) panics_when_it_loads: bool,
 }
 
 #[async_trait]
@@ -51,6 +52,7 @@ impl<R: ModelRuntime> ModelRuntime for Captured<R> {
         options: LoadOptions,
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError> {
+        assert!(!self.panics_when_it_loads, "the load panics");
         self.runtime.load(artifact, options, progress).await
     }
 
@@ -103,6 +105,7 @@ fn attempt(name: &str, argument: &str) -> io::Result<()> {
         "list" => fs::read_dir(argument).map(drop),
         "write" => fs::write(argument, "written"),
         "mode" => fs::set_permissions(argument, fs::metadata(argument)?.permissions()),
+        "inherited" => inherited(argument),
         "tcp" => TcpStream::connect(argument).map(drop),
         "udp" => UdpSocket::bind("127.0.0.1:0")?.send_to(b"hello", argument).map(drop),
         "unix" => UnixStream::connect(OsStr::from_bytes(argument.as_bytes())).map(drop),
@@ -118,6 +121,12 @@ fn attempt(name: &str, argument: &str) -> io::Result<()> {
         "call" => call(argument),
         _ => Err(Error::other("there is no such attempt")),
     }
+}
+
+/// Succeeds if a file is open in this process.
+fn inherited(path: &str) -> io::Result<()> {
+    let mut open = fs::read_dir("/proc/self/fd")?.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+    open.any(|file| file.as_os_str() == path).then_some(()).ok_or_else(|| Error::other("it is not open"))
 }
 
 fn pid(argument: &str) -> io::Result<libc::pid_t> {

@@ -20,6 +20,7 @@ struct Numbers {
     adapters: Mutex<Vec<AdapterId>>,
     /// Held by each query that never gets a reply.
     held: Arc<()>,
+    panics_when_it_loads: bool,
 }
 
 #[async_trait]
@@ -42,6 +43,7 @@ impl ModelRuntime for Numbers {
         _: LoadOptions,
         progress: ProgressSink,
     ) -> Result<LoadedModel, EngineError> {
+        assert!(!self.panics_when_it_loads, "the load panics");
         progress(1.0);
         let abilities = Abilities::default();
         Ok(LoadedModel {
@@ -128,9 +130,7 @@ impl Worker {
         let (ours, theirs) = UnixStream::pair().expect("sockets work");
         let runtime = Arc::new(Numbers::default());
         let tasks = TaskTracker::new();
-        let load = Load { options: LoadOptions::default(), artifact: file("model") };
-        let work = Work { load, sandbox: Sandbox::Off, available_bytes: None };
-        tasks.spawn(serve(Arc::clone(&runtime), their_files, theirs, work));
+        tasks.spawn(serve(Arc::clone(&runtime), their_files, theirs, work()));
         let (reading, writing): (OwnedReadHalf, _) = ours.into_split();
         let mut worker = Self { files, reading: FrameReader::new(reading), writing, runtime, tasks };
         worker.hear(|message| matches!(message, ToParent::Loaded { .. })).await;
@@ -178,6 +178,11 @@ impl Worker {
         self.say(ToChild::AddAdapter { id, file }).await;
         self.reply(id).await
     }
+}
+
+fn work() -> Work {
+    let load = Load { options: LoadOptions::default(), artifact: file("model") };
+    Work { load, sandbox: Sandbox::Off, available_bytes: None }
 }
 
 fn file(text: &str) -> VerifiedArtifact {
@@ -238,4 +243,21 @@ async fn a_query_that_nobody_waits_for_any_more_is_dropped() {
     worker.say(ToChild::Cancel { id: 1 }).await;
     until(|| Arc::strong_count(&runtime.held) == 1).await;
     assert_eq!(worker.ask(2, Query::CountTokens(text("a"))).await, Ok(Reply::Tokens(5)));
+}
+
+#[tokio::test]
+async fn a_load_that_panics_ends_the_process() {
+    let (_files, their_files) = StdUnixStream::pair().expect("sockets work");
+    let (_frames, their_frames) = UnixStream::pair().expect("sockets work");
+    let runtime = Arc::new(Numbers { panics_when_it_loads: true, ..Numbers::default() });
+    let served = time::timeout(TIMEOUT, serve(runtime, their_files, their_frames, work())).await;
+    assert!(matches!(served, Ok(Ok(End::Panicked))), "{served:?}");
+}
+
+#[tokio::test]
+async fn a_query_that_panics_ends_the_process() {
+    let mut worker = Worker::with_model().await;
+    worker.say(ToChild::Ask { id: 1, query: Query::Embed(vec![text("no number")]) }).await;
+    worker.tasks.close();
+    time::timeout(TIMEOUT, worker.tasks.wait()).await.expect("the child ends");
 }
