@@ -4,10 +4,12 @@
 //! memory of a model is certain to be freed when its process ends. The child's standard input is a socket through
 //! which it receives verified files as open descriptors, so it loads exactly the bytes that were verified
 //! ([`handover`]). Its standard output is a socket that carries [`frame`]s both ways. The child limits its own
-//! memory, because a template can ask for any amount. It inherits no secret ([`environment`]) and closes itself off
-//! before it reads a byte of the model ([`sandbox`]). It is killed when its engine hangs.
+//! memory, because a template can ask for any amount. It inherits no secret ([`environment`]) and no descriptor
+//! ([`descriptors`]), and closes itself off before it reads a byte of the model ([`sandbox`]). It is killed when its
+//! engine hangs.
 
 mod child_server;
+mod descriptors;
 mod engine_process;
 mod environment;
 pub mod frame;
@@ -43,6 +45,7 @@ use crate::model_runtime::{
 };
 use crate::{gguf, memory_plan};
 pub use child_server::{ServeError, serve_child};
+pub use descriptors::close_in_children;
 use engine_process::{EngineProcess, Loading};
 
 /// The number of events of one generation that may be unacknowledged.

@@ -46,6 +46,7 @@ impl OwnServer {
         let said = |word: &String| word.replace("{model}", STDIN).replace("{port}", &port.to_string());
         let mut words = command.iter().map(said);
         let program = words.next().ok_or(io::ErrorKind::InvalidInput)?;
+        engine::process::close_in_children();
         let child = Command::new(program)
             .args(words)
             .env_clear()
@@ -161,5 +162,38 @@ mod tests {
         let _server = OwnServer::start_in(&command, model, environment).expect("started");
         let text = timeout(Duration::from_secs(20), written(&output)).await.expect("in time");
         assert!(text.contains("CUDA_VISIBLE_DEVICES") && !text.contains("TETHER_"), "{text}");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_server_inherits_no_open_file() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let inherited = folder.path().join("root.key");
+        fs::write(&inherited, "secret").expect("written");
+        // A child of this test inherits the file, and starts the server.
+        let child = std::process::Command::new("sh")
+            .args(["-c", "exec \"$0\" \"$@\" 9< \"$INHERITED\""])
+            .arg(std::env::current_exe().expect("this program"))
+            .args(["--exact", "own_server::tests::with_an_inherited_file", "--ignored", "--nocapture"])
+            .env("INHERITED", inherited)
+            .output()
+            .expect("it starts");
+        let printed = String::from_utf8_lossy(&child.stdout).into_owned();
+        assert!(child.status.success() && printed.contains("1 passed"), "{printed}");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    #[ignore = "runs only as the child of the test above"]
+    async fn with_an_inherited_file() {
+        let inherited = fs::read_link("/proc/self/fd/9").expect("it is open");
+        assert!(inherited.ends_with("root.key"), "{}", inherited.display());
+        let folder = tempfile::tempdir().expect("a folder");
+        let output = folder.path().join("told");
+        let script = format!("readlink /proc/self/fd/* > '{0}'; printf '.' >> '{0}'", output.display());
+        let model = tempfile::tempfile().expect("a file");
+        let _server = OwnServer::start(&["sh".into(), "-c".into(), script], model).expect("started");
+        let text = timeout(Duration::from_secs(20), written(&output)).await.expect("in time");
+        assert!(text.contains("/dev/null") && !text.contains("root.key"), "{text}");
     }
 }

@@ -11,7 +11,7 @@ use tokio::process::{Child, Command};
 
 use super::frame::ToParent;
 use super::pipe::FrameReader;
-use super::{ChildCommand, environment};
+use super::{ChildCommand, close_in_children, environment};
 use crate::hardware::Hardware;
 
 /// How often an engine thread polls for the others before it sleeps, about 10 to 25 µs. GNU's OpenMP polls 300,000
@@ -39,6 +39,7 @@ fn spawn_in(
     let (files, their_files) = StdUnixStream::pair()?;
     frames.set_nonblocking(true)?;
     files.set_nonblocking(true)?;
+    close_in_children();
     let child = Command::new(&command.program)
         .args(&command.args)
         .env_clear()

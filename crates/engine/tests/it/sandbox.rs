@@ -193,6 +193,16 @@ async fn each_way_out_is_one_where_there_is_no_sandbox() {
 }
 
 #[tokio::test]
+async fn a_descriptor_that_the_worker_inherited_is_in_no_engine() {
+    let worker = Worker::new();
+    let path = worker.path("root.key");
+    // A copy is passed on to started processes, as an inherited descriptor is.
+    let _inherited = rustix::io::dup(fs::File::open(&path).expect("it opens")).expect("it is copied");
+    let (runtime, model) = captured("mock", tiny(), LoadOptions { sandbox: false, ..options() }).await;
+    assert_eq!(succeeded(&runtime, &model, &[format!("inherited {path}")]).await, [""; 0]);
+}
+
+#[tokio::test]
 async fn a_secret_of_the_worker_is_in_no_engine() {
     // A child of this test has the secret in its environment, and starts the engine.
     let child = Command::new(std::env::current_exe().expect("this program"))
