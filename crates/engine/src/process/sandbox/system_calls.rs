@@ -196,7 +196,10 @@ fn allowed(needs: &Needs<'_>, pid: u32) -> Result<Calls, BackendError> {
             libc::SYS_prctl,
             any(0, &[libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_VMA].map(|option| option as u64))?,
         ),
-        (libc::SYS_ioctl, any(1, &[libc::FIONBIO, libc::FIOCLEX, libc::TCGETS])?),
+        (
+            libc::SYS_ioctl,
+            any(1, &[libc::FIONBIO as i32, libc::FIOCLEX as i32, libc::TCGETS as i32].map(|command| command as u64))?,
+        ),
         (
             libc::SYS_fcntl,
             // Not `F_SETOWN`, which makes the kernel signal another process.
