@@ -444,8 +444,8 @@ impl Relayed {
     }
 }
 
-/// Writes into the last chunk what is billed, and how often the answer was continued. Returns `None` if chunk or payload
-/// is not an object: serde reads structs from arrays as well.
+/// Writes into the last chunk what is billed, and how often the answer was continued. Returns `None` if chunk or
+/// payload is not an object: serde reads structs from arrays as well.
 fn amend(chunk: &Bytes, usage: TokenUsage, continued: u32) -> Option<Bytes> {
     let mut chunk = codec::decode::<serde_json::Value>(chunk).ok()?;
     let payload = chunk.as_object_mut()?.get_mut("payload")?.as_object_mut()?;

@@ -104,7 +104,8 @@ impl Journey {
     pub fn new(mut request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
         // The orchestrator needs progress itself, to tell a busy worker from a silent one.
         let wants_progress = std::mem::replace(&mut request.progress, true);
-        // Workers need neither the fingerprint nor acknowledgements, and only this orchestrator knows what was delivered.
+        // Workers need neither the fingerprint nor acknowledgements, and only this orchestrator knows what was
+        // delivered.
         (request.fingerprint, request.acknowledges, request.delivered) = (None, false, None);
         let mut models = vec![request.model()];
         for model in std::mem::take(&mut request.alternatives).into_iter().take(ALTERNATIVES_MAX) {
@@ -184,8 +185,8 @@ impl Journey {
         self.journal.progress() > self.had
     }
 
-    /// Returns how many attempts failed, including the current one. Attempts that delivered something, or that no worker
-    /// acknowledged, do not count.
+    /// Returns how many attempts failed, including the current one. Attempts that delivered something, or that no
+    /// worker acknowledged, do not count.
     pub fn failures(&self, part: Part, fault: Fault) -> u32 {
         match part {
             Part::Continuable { progressed: true, .. } => 0,
@@ -296,7 +297,8 @@ impl Journey {
         true
     }
 
-    /// Returns a digest of the tenant, the requested model and the input. It is the same when a client repeats the request.
+    /// Returns a digest of the tenant, the requested model and the input. It is the same when a client repeats the
+    /// request.
     pub fn content(&self) -> Digest {
         let InferRequest { tenant_id, input, .. } = &self.request;
         Digest::of(&codec::encode(&(tenant_id, &self.requested, input)))
