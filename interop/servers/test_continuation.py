@@ -11,6 +11,8 @@ from conftest import Network, eventually, get
 
 MODEL = "tether-tiny"
 KILLS = int(os.environ.get("KILLS", "4"))
+# A worker waits longer with each crash before it loads a model again, so a network lives for so many kills.
+KILLS_EACH = 6
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -22,11 +24,19 @@ SCHEMA = {
 }
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    network = Network(tmp_path_factory.mktemp("network"), workers=2)
-    yield network
-    network.stop()
+@pytest.fixture
+def start(tmp_path_factory):
+    """Returns what starts a network in the place of the last one."""
+    networks = []
+
+    def start_another():
+        for network in networks[-1:]:
+            network.stop()
+        networks.append(Network(tmp_path_factory.mktemp("network"), workers=2))
+        return networks[-1]
+
+    yield start_another
+    networks[-1].stop()
 
 
 def engines(network):
@@ -87,7 +97,7 @@ def until_two_engines(network):
 
 
 @pytest.mark.parametrize("kind", ["story", "schema"])
-def test_killed_engines_end_no_answer(network, kind):
+def test_killed_engines_end_no_answer(start, kind):
     options = {"max_tokens": 300, "temperature": 0.8}
     if kind == "schema":
         format = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
@@ -95,6 +105,8 @@ def test_killed_engines_end_no_answer(network, kind):
     draw = random.Random(kind)
     continued = 0
     for kill in range(KILLS):
+        if kill % KILLS_EACH == 0:
+            network = start()
         until_two_engines(network)
         number = kill + (1_000 if kind == "schema" else 0)
         whole, reason, _, usage = ask(network, number, **options)

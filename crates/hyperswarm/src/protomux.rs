@@ -166,7 +166,7 @@ impl Protomux {
         &self.handle.shared.stream
     }
 
-    /// Changes [`Options::pending_bytes_max`].
+    /// Changes [`Options::pending_bytes_max`] of this connection.
     pub fn set_pending_bytes_max(&self, bytes: usize) {
         let shared = &self.handle.shared;
         shared.state().set_pending_bytes_max(bytes);

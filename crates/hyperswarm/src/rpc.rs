@@ -114,7 +114,7 @@ impl Rpc {
         self.shared.send_request(EVENT, method, value)
     }
 
-    /// Changes [`Options::received_bytes_max`].
+    /// Changes [`Options::received_bytes_max`] of this connection.
     pub fn set_received_bytes_max(&self, bytes: usize) {
         self.shared.calls.set_bytes_max(bytes);
     }

@@ -48,7 +48,7 @@ pub struct Journey {
     pub request: InferRequest,
     /// Digest of what the client asks for, or of the request as received.
     pub fingerprint: [u8; 32],
-    /// The requested model.
+    /// The model that the request names. A tenant's policy may have removed it from `builds`.
     requested: ModelKey,
     /// The models that may run it, the requested one first. Never empty.
     builds: Vec<Build>,

@@ -16,7 +16,7 @@ pub struct BreakerLabel {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PhaseLabel {
-    /// `pre_token` or `mid_stream`.
+    /// Whether the answer had begun: `pre_token` or `mid_stream`.
     pub phase: &'static str,
 }
 

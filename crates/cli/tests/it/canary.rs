@@ -4,11 +4,11 @@ use serde_json::{Value, json};
 
 use crate::program::{Home, Up};
 
-/// In prompts.
+/// The word that marks every prompt.
 const PROMPT: &str = "canaryprompt7f3a";
-/// In what tools are given, and in their results.
+/// The word that marks the arguments and results of tools.
 const ARGUMENT: &str = "canaryargument91bc";
-/// In invalid tokens.
+/// The word that marks every invalid token.
 const TOKEN: &str = "canarytoken5e2d";
 
 /// Everything that this repository logs, and what others log of some use.

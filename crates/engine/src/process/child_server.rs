@@ -152,7 +152,6 @@ fn close_sandbox(load: &Load, hello: &ToParent) -> Sandbox {
 enum End {
     Unloaded,
     WorkerGone,
-    /// A task panicked.
     Panicked,
 }
 

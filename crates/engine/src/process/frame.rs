@@ -151,7 +151,6 @@ pub enum FrameError {
     /// The frame does not contain the expected message.
     #[error("a frame cannot be read")]
     Malformed(#[from] serde_json::Error),
-    /// The stream failed.
     #[error("a frame did not arrive")]
     Stream(#[from] io::Error),
 }

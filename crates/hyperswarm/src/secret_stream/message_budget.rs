@@ -37,7 +37,6 @@ struct Holder {
 pub(super) struct Account {
     budget: Arc<MessageBudget>,
     state: Mutex<AccountState>,
-    /// Destroys the stream.
     evict: Box<dyn Fn() + Send + Sync>,
 }
 

@@ -95,7 +95,7 @@ impl Receiver {
         self.share.as_mut().is_none_or(|share| share.try_set(held))
     }
 
-    /// Gives back to the budget what is no longer held.
+    /// Returns released bytes to the budget.
     fn release(&mut self) {
         if let Some(share) = &mut self.share {
             share.set(self.unread + self.early_cost);

@@ -27,9 +27,9 @@ const DOMAIN: &[u8] = b"tether/hello/2";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Versions {
-    /// Oldest version.
+    /// Oldest version that the node speaks.
     pub oldest: u32,
-    /// Newest version.
+    /// Newest version that the node speaks.
     pub newest: u32,
 }
 
@@ -55,7 +55,7 @@ pub struct Ends<'a> {
     pub pool: PublicKey,
     /// The node that opened the connection.
     pub caller: PublicKey,
-    /// The other node.
+    /// The node that accepted the connection.
     pub callee: PublicKey,
 }
 

@@ -13,7 +13,7 @@ use crate::backoff::{self, Backoff};
 
 /// The delay before a node that turned out not to be a peer is asked again. It doubles each time.
 const REST: Duration = Duration::from_millis(250);
-/// The maximum delay.
+/// The maximum delay before such a node is asked again.
 const REST_MAX: Duration = Duration::from_mins(5);
 /// How many such nodes are remembered.
 const STRANGERS_MAX: usize = 16_384;

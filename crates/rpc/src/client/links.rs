@@ -184,7 +184,6 @@ impl Peer {
         }
     }
 
-    /// Closes all connections.
     fn close(self) {
         if let Some(opening) = self.opening
             && let Opening::Open(link) = &*opening.borrow()

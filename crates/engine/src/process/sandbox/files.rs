@@ -15,7 +15,7 @@ const KNOWN: ABI = ABI::V10;
 /// The first version of Landlock that guards the length of files.
 pub(super) const GUARDS_LENGTH: i32 = 3;
 
-/// Landlock in force.
+/// What Landlock covers, once it is in force.
 pub(super) struct Closed {
     pub(super) abi: i32,
     /// Whether it covers threads that ran before.
