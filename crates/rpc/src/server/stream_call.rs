@@ -37,7 +37,7 @@ impl StreamCall {
         };
         let deadline =
             (deadline_ms > 0).then(|| Instant::now().checked_add(Duration::from_millis(deadline_ms))).flatten();
-        let body_bytes = body_bytes as usize;
+        let (body_bytes, is_strangers) = (body_bytes as usize, allowance.is_strangers());
         let begun = allowance.begin(body_bytes).and_then(|mut reserved| {
             reserved.grow(body.len())?;
             Ok(reserved)
@@ -50,7 +50,9 @@ impl StreamCall {
             }
         };
         let body = if body.len() == body_bytes {
-            body
+            // A stranger's message would be held on the transport's budget for as long as the call waits, and the oldest
+            // holders give way there. Its bytes are reserved here.
+            if is_strangers { Bytes::copy_from_slice(&body) } else { body }
         } else {
             // The buffer grows as parts arrive. The announced length alone reserves nothing.
             let mut whole = BytesMut::from(&body[..]);

@@ -20,7 +20,8 @@ use protocol::signature::NodeKey;
 use protocol::{Clock as _, PublicKey};
 use tether_rpc::server::STRANGER_BYTES_MAX;
 use tether_rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options, STREAM_PROTOCOL};
-use tether_rpc::{Client, Membership, Server, SystemClock};
+use tether_rpc::{Client, Membership, Server, ServerLimits, StreamOptions, SystemClock};
+use tokio::sync::Semaphore;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -242,6 +243,51 @@ async fn grown_bytes(strangers: usize, attacks: &[Attack]) -> usize {
     let length = client.call::<_, usize>(key(1).public_key(), "length", &long, TIMEOUT).await;
     assert_eq!(length, Ok(long.len()), "a member is served while strangers attack");
     grown
+}
+
+/// Clients of a gateway are strangers for as long as they are connected. Their waiting calls hold more bytes here than
+/// the transport lets strangers hold.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_whose_calls_wait_lose_no_connection() {
+    const CALLS: usize = 256;
+    let (arrived, release) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
+    let (node, arrivals, gate) = (start(1, vec![]).await, arrived.clone(), release.clone());
+    let limits = ServerLimits {
+        strangers_body_bytes_max: 64 * MIB,
+        strangers_calls_per_peer_max: CALLS,
+        ..ServerLimits::default()
+    };
+    let server =
+        Server::new(node.clone(), info()).membership(membership(1)).limits(limits).body_limit(|_| STRANGER_BYTES_MAX);
+    let server = server.stream("wait", move |call| {
+        arrivals.add_permits(1);
+        let gate = gate.clone();
+        async move {
+            let _released = gate.acquire().await;
+            let Ok(mut reply) = call.accept().await else { return };
+            let _ = reply.send(b"done").await;
+            let _ = reply.finish().await;
+        }
+    });
+    let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+    tasks.spawn(server.run(stop.clone(), Duration::ZERO));
+    let client = Client::new(start(2, vec![node.local_address()]).await);
+    let body = Bytes::from(vec![b'x'; 60 * 1024]);
+    let options = StreamOptions { accept_within: TIMEOUT, deadline: None, stall: TIMEOUT };
+    let calls = (0..CALLS).map(|_| client.open_stream(key(1).public_key(), "wait", body.clone(), options));
+    let opened = async {
+        // If a connection is lost, not all of them arrive.
+        let _all = time::timeout(TIMEOUT / 2, arrived.acquire_many(CALLS as u32)).await;
+        release.add_permits(CALLS);
+    };
+    let (opened, ()) = tokio::join!(join_all(calls), opened);
+    assert_eq!(
+        opened.iter().filter(|call| call.is_ok()).count(),
+        CALLS,
+        "{:?}",
+        opened.iter().find(|call| call.is_err())
+    );
+    stop.cancel();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
