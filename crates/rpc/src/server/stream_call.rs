@@ -50,8 +50,8 @@ impl StreamCall {
             }
         };
         let body = if body.len() == body_bytes {
-            // A stranger's message would be held on the transport's budget for as long as the call waits, and the oldest
-            // holders give way there. Its bytes are reserved here.
+            // A stranger's message would be held on the transport's budget for as long as the call waits, and the
+            // oldest holders give way there. Its bytes are reserved here.
             if is_strangers { Bytes::copy_from_slice(&body) } else { body }
         } else {
             // The buffer grows as parts arrive. The announced length alone reserves nothing.
