@@ -72,6 +72,37 @@ pub struct InferRequest {
     pub acknowledges: bool,
 }
 
+impl InferRequest {
+    /// Creates the first attempt of a job, for a caller that neither understands progress nor acknowledges what it
+    /// reads.
+    pub fn new(
+        tenant_id: TenantId,
+        model: ModelKey,
+        input: Input,
+        correlation_id: CorrelationId,
+        retry_token: RetryToken,
+        trace_id: TraceId,
+    ) -> Self {
+        Self {
+            tenant_id,
+            model_id: model.model_id,
+            version: model.version,
+            alternatives: vec![],
+            digests: vec![],
+            input,
+            correlation_id,
+            retry_token,
+            fingerprint: None,
+            trace_id,
+            attempt: first_attempt(),
+            deadline_ms: None,
+            progress: false,
+            delivered: None,
+            acknowledges: false,
+        }
+    }
+}
+
 /// What a caller already has of a job's answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -168,6 +199,13 @@ pub struct InferChunk {
     /// Progress of a job that is running or queued. A chunk with it has no other content.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
+}
+
+impl InferChunk {
+    /// Creates a chunk that is neither the first nor the last.
+    pub fn new(correlation_id: CorrelationId, attempt: u32, seq: u64, payload: Payload) -> Self {
+        Self { correlation_id, seq, payload, model: None, done: false, attempt, progress: None }
+    }
 }
 
 /// The maximum time between two chunks of a running or queued job. If there is no output, it sends `progress`.

@@ -59,23 +59,18 @@ mod tests {
     use super::*;
 
     fn request(input: Input) -> InferRequest {
-        InferRequest {
-            tenant_id: "acme".parse().expect("tenant"),
+        let model = protocol::model::ModelKey {
             model_id: "tether-tiny".parse().expect("model"),
             version: "1.0".parse().expect("version"),
-            alternatives: vec![],
-            digests: vec![],
+        };
+        InferRequest::new(
+            "acme".parse().expect("tenant"),
+            model,
             input,
-            correlation_id: "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("id"),
-            retry_token: "r".parse().expect("token"),
-            fingerprint: None,
-            trace_id: protocol::TraceId([1; 16]),
-            attempt: 1,
-            deadline_ms: None,
-            progress: false,
-            delivered: None,
-            acknowledges: false,
-        }
+            "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("id"),
+            "r".parse().expect("token"),
+            protocol::TraceId([1; 16]),
+        )
     }
 
     fn conversation(messages: Vec<Message>) -> Input {

@@ -75,23 +75,14 @@ pub(crate) fn model() -> ServedModel {
 
 /// Returns a job of a tenant, named by a number.
 pub(crate) fn job(number: u128, input: Input) -> InferRequest {
-    InferRequest {
-        tenant_id: "acme".parse().expect("tenant"),
-        model_id: model().model_id,
-        version: model().version,
-        alternatives: vec![],
-        digests: vec![],
+    InferRequest::new(
+        "acme".parse().expect("tenant"),
+        model().key().clone(),
         input,
-        correlation_id: CorrelationId(uuid::Uuid::from_u128(number)),
-        retry_token: "r".parse().expect("token"),
-        fingerprint: None,
-        trace_id: protocol::TraceId([1; 16]),
-        attempt: 1,
-        deadline_ms: None,
-        progress: false,
-        delivered: None,
-        acknowledges: false,
-    }
+        CorrelationId(uuid::Uuid::from_u128(number)),
+        "r".parse().expect("token"),
+        protocol::TraceId([1; 16]),
+    )
 }
 
 impl Network {

@@ -168,23 +168,14 @@ fn model() -> ModelKey {
 
 fn job() -> InferRequest {
     let input = protocol::infer::Input { prompt: Some("Hello".to_owned()), ..Default::default() };
-    InferRequest {
-        tenant_id: "default".parse().expect("a tenant"),
-        model_id: model().model_id,
-        version: model().version,
-        alternatives: vec![],
-        digests: vec![],
+    InferRequest::new(
+        "default".parse().expect("a tenant"),
+        model(),
         input,
-        correlation_id: CorrelationId(uuid::Uuid::from_bytes([9; 16])),
-        retry_token: "stranger".parse().expect("a token"),
-        fingerprint: None,
-        trace_id: protocol::TraceId([9; 16]),
-        attempt: 1,
-        deadline_ms: None,
-        progress: false,
-        delivered: None,
-        acknowledges: false,
-    }
+        CorrelationId(uuid::Uuid::from_bytes([9; 16])),
+        "stranger".parse().expect("a token"),
+        protocol::TraceId([9; 16]),
+    )
 }
 
 fn refusal<T>(outcome: Result<T, CallError>) -> String {

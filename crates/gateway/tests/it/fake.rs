@@ -301,14 +301,10 @@ impl Fake {
             let other = ModelKey { model_id: name.parse().expect("a name"), ..request.model() };
             models.into_iter().find(|model| model.model_id.as_str() == name).unwrap_or(other)
         });
-        let chunk = |seq: u64, text: &str| InferChunk {
-            model: answering.clone().filter(|_| seq == 0),
-            correlation_id: request.correlation_id,
-            seq,
-            payload: Payload { text: text.into(), tokens: vec![1], ..Payload::default() },
-            done: false,
-            attempt: 2,
-            progress: None,
+        let chunk = |seq: u64, text: &str| {
+            let payload = Payload { text: text.into(), tokens: vec![1], ..Payload::default() };
+            let model = answering.clone().filter(|_| seq == 0);
+            InferChunk { model, ..InferChunk::new(request.correlation_id, 2, seq, payload) }
         };
         let usage = TokenUsage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 3, reasoning_tokens: 0 };
         let last = |seq: u64| {

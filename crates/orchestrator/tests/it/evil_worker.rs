@@ -99,15 +99,7 @@ impl Lie {
 
     async fn answer(self, call: StreamCall, request: &InferRequest) {
         let Ok(mut reply) = call.accept().await else { return };
-        let chunk = |seq: u64, payload: Payload| InferChunk {
-            correlation_id: request.correlation_id,
-            seq,
-            payload,
-            model: None,
-            done: false,
-            attempt: request.attempt,
-            progress: None,
-        };
+        let chunk = |seq: u64, payload: Payload| InferChunk::new(request.correlation_id, request.attempt, seq, payload);
         let piece = |tokens: u32| Payload { text: "a".into(), tokens: vec![1; tokens as usize], ..Payload::default() };
         let end = |seq, usage| InferChunk {
             done: true,

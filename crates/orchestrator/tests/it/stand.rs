@@ -255,23 +255,14 @@ impl Stand {
 
     pub(crate) fn job(&self) -> InferRequest {
         let number = self.jobs.fetch_add(1, Ordering::SeqCst);
-        InferRequest {
-            tenant_id: "acme".parse().expect("tenant"),
-            model_id: model().model_id,
-            version: model().version,
-            alternatives: vec![],
-            digests: vec![],
-            input: serde_json::from_str("\"hi\"").expect("a prompt"),
-            correlation_id: CorrelationId(uuid::Uuid::from_u128(number.into())),
-            retry_token: format!("token-{number}").parse().expect("token"),
-            fingerprint: None,
-            trace_id: protocol::TraceId([1; 16]),
-            attempt: 1,
-            deadline_ms: None,
-            progress: false,
-            delivered: None,
-            acknowledges: false,
-        }
+        InferRequest::new(
+            "acme".parse().expect("tenant"),
+            model(),
+            serde_json::from_str("\"hi\"").expect("a prompt"),
+            CorrelationId(uuid::Uuid::from_u128(number.into())),
+            format!("token-{number}").parse().expect("token"),
+            protocol::TraceId([1; 16]),
+        )
     }
 
     pub(crate) async fn submit(&self, job: &InferRequest) -> Result<ResponseStream, CallError> {
@@ -409,14 +400,12 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             Payload { text: format!("{seq} "), tokens, usage, ..Payload::default() }
         };
         let progress = None;
+        let model = model.clone().filter(|_| seq == 0);
         codec::encode(&InferChunk {
-            correlation_id: request.correlation_id,
-            seq,
-            payload,
-            model: model.clone().filter(|_| seq == 0),
+            model,
             done,
-            attempt,
             progress,
+            ..InferChunk::new(request.correlation_id, attempt, seq, payload)
         })
     };
     let chunks = match manner {
@@ -453,7 +442,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
     if let Manner::Idle = manner {
         let (progress, model, payload) = (Some(Progress::default()), None, Payload::default());
         let correlation_id = request.correlation_id;
-        let chunk = InferChunk { correlation_id, seq: 0, payload, model, done: false, attempt, progress };
+        let chunk = InferChunk { model, progress, ..InferChunk::new(correlation_id, attempt, 0, payload) };
         while reply.send(&codec::encode(&chunk)).await.is_ok() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -464,15 +453,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             tokio::time::sleep(Duration::from_secs(1)).await;
             let progress = Some(Progress { tokens_read: second as u32, tokens_total: seconds as u32 });
             let correlation_id = request.correlation_id;
-            let chunk = InferChunk {
-                correlation_id,
-                seq: 0,
-                payload: Payload::default(),
-                model: None,
-                done: false,
-                attempt,
-                progress,
-            };
+            let chunk = InferChunk { progress, ..InferChunk::new(correlation_id, attempt, 0, Payload::default()) };
             if reply.send(&codec::encode(&chunk)).await.is_err() {
                 return cancelled.notify_one();
             }

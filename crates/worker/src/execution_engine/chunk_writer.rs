@@ -233,15 +233,8 @@ fn clear(payload: &mut Payload) {
 /// Returns the first chunk of an attempt, without content.
 pub(crate) fn empty_chunk(request: &InferRequest) -> InferChunk {
     let seq = request.delivered.as_ref().map_or(0, |delivered| delivered.seq);
-    InferChunk {
-        correlation_id: request.correlation_id,
-        seq,
-        payload: Payload::default(),
-        model: (seq == 0).then(|| request.model()),
-        done: false,
-        attempt: request.attempt,
-        progress: None,
-    }
+    let chunk = InferChunk::new(request.correlation_id, request.attempt, seq, Payload::default());
+    InferChunk { model: (seq == 0).then(|| request.model()), ..chunk }
 }
 
 /// Sends a job's progress. `next` is the chunk that follows.

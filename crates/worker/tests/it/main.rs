@@ -272,23 +272,15 @@ impl Scene {
 }
 
 fn request() -> InferRequest {
-    InferRequest {
-        tenant_id: "acme".parse().expect("a tenant"),
-        model_id: key().model_id,
-        version: key().version,
-        alternatives: vec![],
-        digests: vec![],
-        input: Input { prompt: Some("one two three".into()), ..Input::default() },
-        correlation_id: CorrelationId(uuid(1)),
-        retry_token: "r".parse().expect("a token"),
-        fingerprint: None,
-        trace_id: protocol::TraceId([1; 16]),
-        attempt: 3,
-        deadline_ms: None,
-        progress: false,
-        delivered: None,
-        acknowledges: false,
-    }
+    let job = InferRequest::new(
+        "acme".parse().expect("a tenant"),
+        key(),
+        Input { prompt: Some("one two three".into()), ..Input::default() },
+        CorrelationId(uuid(1)),
+        "r".parse().expect("a token"),
+        protocol::TraceId([1; 16]),
+    );
+    InferRequest { attempt: 3, ..job }
 }
 
 fn of_tenant(tenant: &str) -> InferRequest {
