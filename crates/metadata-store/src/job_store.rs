@@ -1,5 +1,8 @@
 //! The orchestrator's store: jobs, their reservations, usage, and the high-water mark of each worker's health reports.
 
+use std::fmt;
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use protocol::infer::FinishReason;
 use protocol::model::ModelKey;
@@ -14,6 +17,8 @@ use crate::store::{Store, StoreError};
 #[async_trait]
 pub trait JobStore: Store {
     /// Writes a job and its reservation, unless its worker is full. If the key is already in use, its job is returned.
+    /// The exception is a job of the same request that failed, or was cancelled, and was not billed: it is reserved
+    /// again as its next attempt.
     async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError>;
 
     /// Moves a job to another worker as its next attempt, and frees its previous reservation.
@@ -21,7 +26,8 @@ pub trait JobStore: Store {
     /// Only the attempt named in `from_attempt` can be moved, and only while the job is unsettled.
     async fn reassign(&self, reassignment: Reassignment) -> Result<(), ReassignError>;
 
-    /// Settles a job: its terminal state, the end of its reservation, and what is billed, in one transaction.
+    /// Settles a job: its terminal state, the end of its reservation, what is billed, and the answer that is kept, in
+    /// one transaction.
     ///
     /// A job is settled once, by its current attempt. Later calls change and bill nothing.
     async fn finalise(&self, settlement: Settlement) -> Result<Finalised, FinaliseError>;
@@ -33,6 +39,13 @@ pub trait JobStore: Store {
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError>;
 
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError>;
+
+    /// Returns a job's answer, sealed, if it is kept and has not expired.
+    async fn answer(&self, key: &JobKey, now: UnixMillis) -> Result<Option<Vec<u8>>, StoreError>;
+
+    /// Removes up to `limit` answers that have expired, or that would expire next if all together have more than
+    /// `bytes_max` bytes. Returns how many it removed.
+    async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError>;
 
     /// Returns each worker that has reservations, with their number.
     async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError>;
@@ -82,6 +95,8 @@ pub struct NewJob {
 pub enum Reserved {
     /// The job is new and has its reservation.
     New,
+    /// A job with this key had failed, and has a reservation again.
+    Again { attempt: u32 },
     /// A job with this key exists. Nothing was written; compare the fingerprint, then attach or replay.
     Duplicate(Box<JobRecord>),
 }
@@ -116,7 +131,21 @@ pub struct Settlement {
     pub error: Option<JobError>,
     /// The tokens it used. Billed if the job is completed or cancelled, and dropped otherwise.
     pub usage: Option<TokenUsage>,
+    pub answer: Option<SealedAnswer>,
     pub now: UnixMillis,
+}
+
+/// An answer to keep.
+#[derive(Clone)]
+pub struct SealedAnswer {
+    pub sealed: Arc<[u8]>,
+    pub expires_at: UnixMillis,
+}
+
+impl fmt::Debug for SealedAnswer {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} bytes until {}", self.sealed.len(), self.expires_at.0)
+    }
 }
 
 /// Outcome of a settlement.
@@ -212,6 +241,15 @@ pub struct JobRecord {
     pub created_at: UnixMillis,
     /// When it was last reserved, reassigned or settled.
     pub updated_at: UnixMillis,
+}
+
+impl JobRecord {
+    /// Returns whether a repeat of the request runs the job again: it came to nothing, and cost nothing.
+    pub fn may_run_again(&self, request_fingerprint: &[u8; 32]) -> bool {
+        use TerminalState::{Cancelled, Failed};
+        let came_to_nothing = matches!(self.state, DurableState::Settled(Failed | Cancelled)) && self.usage.is_none();
+        came_to_nothing && self.request_fingerprint == *request_fingerprint
+    }
 }
 
 /// The billed usage of a settled job.

@@ -9,7 +9,7 @@ mod store;
 
 pub use job_store::{
     DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment,
-    ReserveError, Reserved, Settlement, TerminalState, UsageCursor, UsageRecord,
+    ReserveError, Reserved, SealedAnswer, Settlement, TerminalState, UsageCursor, UsageRecord,
 };
 pub use registry_store::{
     InviteRecord, InviteRedemption, NewCertificate, NodeRecord, PutAdapterError, PutInviteError, PutModelError,

@@ -5,6 +5,7 @@
 
 mod adapters;
 mod aliases;
+mod answers;
 mod db_thread;
 mod job_store;
 mod jobs;

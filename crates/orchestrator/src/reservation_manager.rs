@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use metadata_store::{
     FinaliseError, Finalised, JobError, JobKey, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved,
-    Settlement, StoreError, TerminalState,
+    SealedAnswer, Settlement, StoreError, TerminalState,
 };
 use parking_lot::Mutex;
 use protocol::infer::{FinishReason, InferRequest};
@@ -82,22 +82,24 @@ pub struct Ending {
     pub finish_reason: Option<FinishReason>,
     pub usage: Option<TokenUsage>,
     pub error: Option<WireError>,
+    /// The answer to keep for repeats of the request.
+    pub answer: Option<SealedAnswer>,
 }
 
 impl Ending {
     /// The answer is complete.
     pub fn completed(finish_reason: Option<FinishReason>, usage: TokenUsage) -> Self {
-        Self { state: TerminalState::Completed, finish_reason, usage: Some(usage), error: None }
+        Self { state: TerminalState::Completed, finish_reason, usage: Some(usage), error: None, answer: None }
     }
 
     /// The caller cancelled; what it received is billed.
     pub fn cancelled(usage: TokenUsage) -> Self {
-        Self { state: TerminalState::Cancelled, finish_reason: None, usage: Some(usage), error: None }
+        Self { state: TerminalState::Cancelled, finish_reason: None, usage: Some(usage), error: None, answer: None }
     }
 
     /// The job failed; nothing is billed.
     pub fn failed(error: WireError) -> Self {
-        Self { state: TerminalState::Failed, finish_reason: None, usage: None, error: Some(error) }
+        Self { state: TerminalState::Failed, finish_reason: None, usage: None, error: Some(error), answer: None }
     }
 
     /// The job must not be retried; nothing is billed.
@@ -165,17 +167,17 @@ impl ReservationManager {
             lease_until: now.after(self.lease),
             request_fingerprint: fingerprint,
         };
-        match self.store.reserve(job).await {
-            Err(ReserveError::Store(error)) => Err(store_error(&error)),
-            Err(full @ ReserveError::NoCapacity { .. }) => Err(worker_full(full.to_string())),
-            Ok(Reserved::Duplicate(known)) => Err(refusals::repeated(&known, &fingerprint)),
-            Ok(Reserved::New) => {
-                let void = CancellationToken::new();
-                self.lock().insert(key.clone(), void.clone());
-                self.metrics.reservations_active.inc();
-                Ok(Reservation { manager: self.clone(), counted, key, worker_id, attempt: 1, void })
-            }
-        }
+        let attempt = match self.store.reserve(job).await {
+            Err(ReserveError::Store(error)) => return Err(store_error(&error)),
+            Err(full @ ReserveError::NoCapacity { .. }) => return Err(worker_full(full.to_string())),
+            Ok(Reserved::Duplicate(known)) => return Err(refusals::repeated(&known, &fingerprint)),
+            Ok(Reserved::New) => 1,
+            Ok(Reserved::Again { attempt }) => attempt,
+        };
+        let void = CancellationToken::new();
+        self.lock().insert(key.clone(), void.clone());
+        self.metrics.reservations_active.inc();
+        Ok(Reservation { manager: self.clone(), counted, key, worker_id, attempt, void })
     }
 
     /// Renews the leases of running jobs and releases expired ones until `stop` is cancelled.
@@ -268,6 +270,7 @@ impl Reservation {
             finish_reason: ending.finish_reason,
             error: ending.error.map(|error| JobError { code: error.code, message: error.message }),
             usage: ending.usage,
+            answer: ending.answer,
             now: self.manager.clock.now(),
         };
         let settled = self.settle(settlement).await;

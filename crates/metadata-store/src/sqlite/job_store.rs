@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use protocol::presence::HighWater;
 use protocol::{TenantId, UnixMillis, WorkerId};
 
-use super::{SqliteStore, jobs, presence, reservations, usage};
+use super::{SqliteStore, answers, jobs, presence, reservations, usage};
 use crate::job_store::{
     FinaliseError, Finalised, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved,
     Settlement, UsageCursor, UsageRecord,
@@ -36,6 +36,15 @@ impl JobStore for SqliteStore {
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> {
         let key = key.clone();
         self.read(move |connection| jobs::find(connection, &key)).await
+    }
+
+    async fn answer(&self, key: &JobKey, now: UnixMillis) -> Result<Option<Vec<u8>>, StoreError> {
+        let key = key.clone();
+        self.read(move |connection| answers::find(connection, &key, now)).await
+    }
+
+    async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> {
+        self.write(move |connection| answers::prune(connection, now, bytes_max, limit)).await
     }
 
     async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError> {

@@ -6,7 +6,7 @@ use protocol::{PublicKey, TraceId};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::row::{self, integer};
-use super::{reservations, usage};
+use super::{answers, reservations, usage};
 use crate::job_store::{
     DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, Settlement, TerminalState,
 };
@@ -41,7 +41,7 @@ pub(super) fn finalise(
     connection: &Connection,
     settlement: &Settlement,
 ) -> rusqlite::Result<Result<Finalised, FinaliseError>> {
-    let Settlement { key, attempt, worker_id, state, finish_reason, error, usage, now } = settlement;
+    let Settlement { key, attempt, worker_id, state, finish_reason, error, usage, answer, now } = settlement;
     let job_id: Option<i64> = connection
         .prepare_cached(
             "UPDATE jobs SET state = :state, finish_reason = :finish_reason, error_code = :error_code,
@@ -73,6 +73,9 @@ pub(super) fn finalise(
     // A job of which the caller acknowledged nothing gets no line in the ledger.
     if let Some(usage) = usage.filter(|usage| state.is_billed() && *usage != TokenUsage::default()) {
         usage::bill(connection, job_id, &usage)?;
+    }
+    if let Some(answer) = answer {
+        answers::keep(connection, job_id, answer)?;
     }
     // A dead letter for a failed or dead job would be written here, in this transaction.
     Ok(Ok(Finalised::Settled))

@@ -16,16 +16,48 @@ pub(super) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result
     if held(connection, worker_id, None)? >= i64::from(*worker_capacity) {
         // A resend finds its job even while the worker is full.
         return Ok(match jobs::find(connection, key)? {
-            Some(known) => Ok(Reserved::Duplicate(Box::new(known))),
-            None => Err(ReserveError::NoCapacity { worker_id: *worker_id }),
+            Some(known) if !known.may_run_again(&job.request_fingerprint) => Ok(Reserved::Duplicate(Box::new(known))),
+            _ => Err(ReserveError::NoCapacity { worker_id: *worker_id }),
         });
     }
-    let Some(job_id) = insert_job(connection, job)? else {
-        let known = jobs::find(connection, key)?.ok_or(rusqlite::Error::QueryReturnedNoRows)?;
+    if let Some(job_id) = insert_job(connection, job)? {
+        hold(connection, job_id, worker_id, job.lease_until)?;
+        return Ok(Ok(Reserved::New));
+    }
+    let known = jobs::find(connection, key)?.ok_or(rusqlite::Error::QueryReturnedNoRows)?;
+    if !known.may_run_again(&job.request_fingerprint) {
         return Ok(Ok(Reserved::Duplicate(Box::new(known))));
-    };
+    }
+    let (job_id, attempt) = run_again(connection, job)?;
     hold(connection, job_id, worker_id, job.lease_until)?;
-    Ok(Ok(Reserved::New))
+    Ok(Ok(Reserved::Again { attempt }))
+}
+
+/// Makes a settled job one that is reserved, as its next attempt.
+fn run_again(connection: &Connection, job: &NewJob) -> rusqlite::Result<(i64, u32)> {
+    let NewJob { key, model: ModelKey { model_id, version }, .. } = job;
+    connection
+        .prepare_cached(
+            "UPDATE jobs SET state = 'reserved', attempt = attempt + 1, worker_id = :worker_id, model_id = :model_id,
+                    model_version = :model_version, region = :region, trace_id = :trace_id, finish_reason = NULL,
+                    error_code = NULL, error_message = NULL, updated_at = :now
+             WHERE tenant_id = :tenant_id AND correlation_id = :correlation_id AND retry_token = :retry_token
+             RETURNING job_id, attempt",
+        )?
+        .query_row(
+            named_params! {
+                ":worker_id": job.worker_id.0,
+                ":model_id": model_id.as_str(),
+                ":model_version": version.to_string(),
+                ":region": job.region.as_str(),
+                ":trace_id": job.trace_id.0,
+                ":now": integer(job.now.0),
+                ":tenant_id": key.tenant_id.as_str(),
+                ":correlation_id": key.correlation_id.0.as_bytes(),
+                ":retry_token": key.retry_token.as_str(),
+            },
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        )
 }
 
 /// Writes a job and returns its row id, or `None` if the job is known.

@@ -5,7 +5,7 @@ use protocol::presence::HighWater;
 use protocol::{ErrorCode, UnixMillis};
 use tether_metadata_store::{
     DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, NewJob, ReassignError, Reassignment,
-    ReserveError, Reserved, Settlement, StoreError, TerminalState, UsageCursor,
+    ReserveError, Reserved, SealedAnswer, Settlement, StoreError, TerminalState, UsageCursor,
 };
 
 use super::Jobs;
@@ -166,6 +166,80 @@ pub(crate) async fn an_attempt_that_was_given_up_on_cannot_settle(subject: Jobs)
     assert_eq!(store.usage(&tenant("acme"), UsageCursor::default(), 10).await, Ok(vec![]));
     let present = Settlement { attempt: 2, worker_id: worker(2), ..settlement(1) };
     assert_eq!(store.finalise(present).await, Ok(Finalised::Settled));
+}
+
+pub(crate) async fn a_job_that_came_to_nothing_runs_again_as_its_next_attempt(subject: Jobs) {
+    let store = subject.store;
+    let endings = [
+        (1, TerminalState::Failed, Some(USAGE), true),
+        (2, TerminalState::Cancelled, None, true),
+        (3, TerminalState::Cancelled, Some(USAGE), false),
+        (4, TerminalState::Completed, None, true),
+        (5, TerminalState::Dead, None, false),
+    ];
+    for (number, state, usage, runs_again) in endings {
+        let runs_again = runs_again && state != TerminalState::Completed;
+        store.reserve(NewJob { worker_capacity: 9, ..job(number) }).await.expect("reserves");
+        store.finalise(Settlement { state, usage, ..settlement(number) }).await.expect("settles");
+        let other = NewJob { request_fingerprint: [6; 32], worker_capacity: 9, ..job(number) };
+        assert!(matches!(store.reserve(other).await, Ok(Reserved::Duplicate(_))), "another request is refused");
+        let full = NewJob { worker_capacity: 0, ..job(number) };
+        let again = NewJob { worker_id: worker(2), worker_capacity: 9, now: LEASE, ..job(number) };
+        let (when_full, outcome) = (store.reserve(full).await, store.reserve(again).await);
+        if runs_again {
+            assert_eq!(when_full, Err(ReserveError::NoCapacity { worker_id: worker(1) }), "{state:?}");
+            assert_eq!(outcome, Ok(Reserved::Again { attempt: 2 }), "{state:?}");
+        } else {
+            let is_known = matches!((&when_full, &outcome), (Ok(Reserved::Duplicate(_)), Ok(Reserved::Duplicate(_))));
+            assert!(is_known, "{state:?}: {outcome:?}");
+        }
+    }
+    assert_eq!(store.active_reservations().await, Ok(vec![(worker(2), 2)]));
+    let again = store.job(&key(1)).await.expect("reads").expect("is known");
+    assert_eq!((again.state, again.error, again.attempt), (DurableState::Reserved, None, 2));
+    assert_eq!((again.created_at, again.updated_at), (NOW, LEASE));
+    assert_eq!(store.finalise(settlement(1)).await, Ok(Finalised::Stale { attempt: 2 }), "the first attempt is over");
+    let second = Settlement { attempt: 2, worker_id: worker(2), ..settlement(1) };
+    assert_eq!(store.finalise(second).await, Ok(Finalised::Settled));
+    let billed = store.usage(&tenant("acme"), UsageCursor::default(), 10).await.expect("reads");
+    assert_eq!(billed.iter().filter(|record| record.key == key(1)).count(), 1);
+}
+
+fn answer(text: &[u8], expires_at: UnixMillis) -> Option<SealedAnswer> {
+    Some(SealedAnswer { sealed: text.into(), expires_at })
+}
+
+pub(crate) async fn an_answer_is_kept_with_its_settlement_and_no_other(subject: Jobs) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    assert_eq!(store.answer(&key(1), NOW).await, Ok(None));
+    let kept = Settlement { answer: answer(b"kept", LEASE), ..settlement(1) };
+    let stale = Settlement { attempt: 2, answer: answer(b"stale", LEASE), ..settlement(1) };
+    assert_eq!(store.finalise(stale.clone()).await, Ok(Finalised::Stale { attempt: 1 }));
+    assert_eq!(store.answer(&key(1), NOW).await, Ok(None));
+    store.finalise(kept).await.expect("settles");
+    store.finalise(stale).await.expect("is settled");
+    assert_eq!(store.answer(&key(1), NOW).await, Ok(Some(b"kept".to_vec())));
+    assert_eq!(store.answer(&key(1), LEASE).await, Ok(None), "it has expired");
+    assert_eq!(store.answer(&key(2), NOW).await, Ok(None));
+}
+
+pub(crate) async fn answers_are_pruned_by_age_and_by_bytes(subject: Jobs) {
+    let store = subject.store;
+    for number in 1..=4 {
+        store.reserve(NewJob { worker_capacity: 9, ..job(number) }).await.expect("reserves");
+        let kept = answer(&[0; 10], UnixMillis(NOW.0 + number as u64));
+        store.finalise(Settlement { answer: kept, ..settlement(number) }).await.expect("settles");
+    }
+    let has = async |number| store.answer(&key(number), NOW).await.expect("reads").is_some();
+    assert_eq!(store.prune_answers(NOW, 40, 10).await, Ok(0));
+    assert_eq!(store.prune_answers(UnixMillis(NOW.0 + 1), 40, 10).await, Ok(1));
+    assert!(!has(1).await && has(2).await);
+    assert_eq!(store.prune_answers(NOW, 15, 1).await, Ok(1), "one at a time");
+    assert!(!has(2).await && has(3).await);
+    assert_eq!(store.prune_answers(NOW, 15, 10).await, Ok(1));
+    assert!(!has(3).await && has(4).await);
+    assert!(store.job(&key(1)).await.expect("reads").is_some(), "the job is not removed");
 }
 
 pub(crate) async fn a_job_moves_to_another_worker_as_its_next_attempt(subject: Jobs) {

@@ -53,6 +53,7 @@ pub(crate) fn settlement(number: u128) -> Settlement {
         state: TerminalState::Completed,
         finish_reason: None,
         error: None,
+        answer: None,
         usage: Some(USAGE),
         now: NOW,
     }
