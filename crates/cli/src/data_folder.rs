@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use gateway::folder_proof::FolderSecret;
+use orchestrator::SealingKey;
 use protocol::signature::NodeKey;
 use protocol::{PublicKey, codec};
 use registry::Pepper;
@@ -86,6 +87,14 @@ impl DataFolder {
         match self.secret("pepper", "without it no API key can be checked")? {
             Some(pepper) => Ok(Pepper(pepper)),
             None => self.make_secret("pepper")?.map_or_else(|| self.pepper(), |pepper| Ok(Pepper(pepper))),
+        }
+    }
+
+    /// Returns the key that encrypts kept answers, created at an orchestrator's first start.
+    pub fn sealing_key(&self) -> anyhow::Result<SealingKey> {
+        match self.secret("sealing.key", "delete it and start again; the answers that are kept are lost then")? {
+            Some(key) => Ok(SealingKey(key)),
+            None => self.make_secret("sealing.key")?.map_or_else(|| self.sealing_key(), |key| Ok(SealingKey(key))),
         }
     }
 

@@ -75,6 +75,7 @@ impl Services {
             store,
             metrics: self.metrics.orchestrator.clone(),
             membership,
+            sealing_key: self.data.sealing_key()?,
             version: VERSION.to_owned(),
         };
         Orchestrator::run(self.settings.orchestrator.clone(), parts, stop).await.context("the orchestrator stopped")

@@ -39,6 +39,11 @@ pub struct Config {
     pub drain_secs: u64,
     /// Seconds after which a reservation expires unless it is renewed. It is renewed after a third of this time.
     pub lease_secs: u64,
+    /// Hours for which the answer of a request with an idempotency key is kept, encrypted, and given to repeats of the
+    /// request. With 0 no answer is kept.
+    pub answers_kept_hours: u64,
+    /// Mebibytes of all answers that are kept. Those that expire first give way.
+    pub answers_kept_mib: u64,
     /// Seconds for which a request that crashed an engine is remembered. After two crashes it is refused. With 0 it is
     /// forgotten when its job ends.
     pub crashes_kept_secs: u64,
@@ -67,6 +72,8 @@ impl Default for Config {
             deadline_secs: 1_800,
             drain_secs: 30,
             lease_secs: 30,
+            answers_kept_hours: 24,
+            answers_kept_mib: 256,
             crashes_kept_secs: 600,
             policy_cache_secs: 5,
             decisions_kept: 1024,

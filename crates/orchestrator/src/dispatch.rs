@@ -4,10 +4,10 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::infer::{FinishReason, Progress, START};
+use protocol::infer::{FinishReason, Origin, Progress, START};
 use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
-use protocol::{CorrelationId, ErrorCode, WireError, WorkerId, codec};
+use protocol::{CorrelationId, ErrorCode, UnixMillis, WireError, WorkerId, codec};
 use rpc::{CallError, Client, Interrupted, ResponseSink, ResponseStream, StreamCall, StreamOptions};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -15,6 +15,7 @@ use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::advance::Advance;
+use crate::answers::Writer;
 use crate::bounds::{Bounds, Content, Meter};
 use crate::job::JobEvent;
 use crate::journal::Entry;
@@ -34,6 +35,8 @@ pub struct Delivery {
     state: State,
     stall: Duration,
     has_begun: bool,
+    /// Whether the last chunk was sent.
+    is_complete: bool,
     /// `None` if the caller does not acknowledge what it reads: what was sent to it counts as read.
     receipts: Option<Receipts>,
 }
@@ -41,6 +44,14 @@ pub struct Delivery {
 enum State {
     Waiting(StreamCall),
     Streaming(ResponseSink),
+    /// Any number of calls read the answer.
+    Shared {
+        writer: Writer,
+        /// How long the job goes on when nobody reads.
+        linger: Duration,
+        /// Whether the answer is stored, so that readers may come after its end.
+        is_stored: bool,
+    },
     Gone,
 }
 
@@ -49,17 +60,44 @@ impl Delivery {
     /// acknowledges what it reads.
     pub fn new(call: StreamCall, stall: Duration, acknowledges: bool) -> Self {
         let receipts = acknowledges.then(Receipts::default);
-        Self { state: State::Waiting(call), stall, has_begun: false, receipts }
+        Self { state: State::Waiting(call), stall, has_begun: false, is_complete: false, receipts }
     }
 
-    pub async fn send(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
+    /// Makes a delivery to the calls that read a shared answer.
+    pub(crate) fn shared(writer: Writer, linger: Duration, is_stored: bool, stall: Duration) -> Self {
+        let state = State::Shared { writer, linger, is_stored };
+        Self { state, stall, has_begun: false, is_complete: false, receipts: None }
+    }
+
+    /// Says where the answer comes from.
+    pub(crate) fn begin(&self, origin: Origin) {
+        if let State::Shared { writer, .. } = &self.state {
+            writer.begin(origin);
+        }
+    }
+
+    /// Returns the answer as its readers get it, if it is to be stored: `last` and all chunks before it.
+    pub(crate) fn stored(&self, last: &Bytes) -> Option<(UnixMillis, Vec<Bytes>)> {
+        let State::Shared { writer, is_stored: true, .. } = &self.state else { return None };
+        let mut chunks = writer.is_whole().then(|| writer.chunks())?;
+        chunks.push(last.clone());
+        Some((writer.created_at()?, chunks))
+    }
+
+    /// Sends the last chunk.
+    pub async fn send_last(&mut self, chunk: &[u8], usage: TokenUsage) -> Result<(), Interrupted> {
+        self.is_complete = true;
+        self.send(chunk, usage).await
+    }
+
+    async fn send(&mut self, chunk: &[u8], usage: TokenUsage) -> Result<(), Interrupted> {
         self.has_begun = true;
-        time::timeout(self.stall, self.state.send(chunk)).await.unwrap_or(Err(Interrupted))
+        time::timeout(self.stall, self.state.send(chunk, usage)).await.unwrap_or(Err(Interrupted))
     }
 
     /// Sends a chunk. `usage` is what the job is billed once the caller has read it.
-    async fn send_metered(&mut self, chunk: &[u8], usage: TokenUsage) -> Result<(), Interrupted> {
-        self.send(chunk).await?;
+    pub(crate) async fn send_metered(&mut self, chunk: &[u8], usage: TokenUsage) -> Result<(), Interrupted> {
+        self.send(chunk, usage).await?;
         if let (Some(receipts), State::Streaming(reply)) = (&mut self.receipts, &self.state) {
             receipts.acknowledge(reply.acknowledged());
             receipts.sent(reply.sent(), usage);
@@ -68,7 +106,13 @@ impl Delivery {
     }
 
     /// Waits until the caller has read all that was sent.
-    async fn wait_until_read(&mut self) -> Result<(), Interrupted> {
+    pub(crate) async fn wait_until_read(&mut self) -> Result<(), Interrupted> {
+        if let State::Shared { writer, is_stored, .. } = &self.state {
+            if *is_stored && writer.is_whole() {
+                return Ok(());
+            }
+            return time::timeout(self.stall, writer.wait_until_read()).await.map_err(|_| Interrupted);
+        }
         let (Some(_), State::Streaming(reply)) = (&self.receipts, &mut self.state) else { return Ok(()) };
         time::timeout(self.stall, reply.wait_until_acknowledged()).await.unwrap_or(Err(Interrupted))
     }
@@ -76,6 +120,7 @@ impl Delivery {
     /// Returns what is billed of `sent` if no more follows: what the caller has read.
     pub fn read_of(&mut self, sent: TokenUsage) -> TokenUsage {
         match (&mut self.receipts, &self.state) {
+            (_, State::Shared { writer, .. }) => writer.read(),
             (None, _) => sent,
             (Some(receipts), State::Streaming(reply)) => receipts.acknowledge(reply.acknowledged()),
             (Some(_), State::Waiting(_) | State::Gone) => TokenUsage::default(),
@@ -83,8 +128,13 @@ impl Delivery {
     }
 
     /// Sends a chunk that carries progress and no part of the answer.
-    async fn send_progress(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
-        time::timeout(self.stall, self.state.send(chunk)).await.unwrap_or(Err(Interrupted))
+    pub(crate) async fn send_progress(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
+        if let State::Shared { writer, .. } = &self.state {
+            writer.progress(Bytes::copy_from_slice(chunk));
+            return Ok(());
+        }
+        let sending = self.state.send(chunk, TokenUsage::default());
+        time::timeout(self.stall, sending).await.unwrap_or(Err(Interrupted))
     }
 
     /// Waits until the caller is gone. Cancel safe.
@@ -92,6 +142,7 @@ impl Delivery {
         match &mut self.state {
             State::Waiting(call) => call.cancelled().await,
             State::Streaming(reply) => reply.cancelled().await,
+            State::Shared { writer, linger, .. } => writer.abandoned(*linger).await,
             State::Gone => {}
         }
     }
@@ -102,9 +153,14 @@ impl Delivery {
     }
 
     pub async fn finish(self) {
-        // There is nothing to finish if the caller is gone.
-        if let State::Streaming(reply) = self.state {
-            let _ = time::timeout(self.stall, reply.finish()).await;
+        match self.state {
+            State::Streaming(reply) => {
+                let _ = time::timeout(self.stall, reply.finish()).await;
+            }
+            // A caller may have come when the job was given up.
+            State::Shared { writer, .. } => writer.end(if self.is_complete { Ok(()) } else { Err(abandoned()) }),
+            // There is nothing to finish if the caller is gone.
+            State::Waiting(_) | State::Gone => {}
         }
     }
 
@@ -116,6 +172,7 @@ impl Delivery {
                 State::Streaming(reply) => {
                     let _ = reply.fail(error).await;
                 }
+                State::Shared { writer, .. } => writer.end(Err(error)),
                 State::Gone => {}
             }
         };
@@ -124,16 +181,26 @@ impl Delivery {
 }
 
 impl State {
-    async fn send(&mut self, chunk: &[u8]) -> Result<(), Interrupted> {
+    async fn send(&mut self, chunk: &[u8], usage: TokenUsage) -> Result<(), Interrupted> {
         if let Self::Waiting(_) = self {
             let Self::Waiting(call) = std::mem::replace(self, Self::Gone) else { return Err(Interrupted) };
             *self = Self::Streaming(call.accept().await?);
         }
         match self {
             Self::Streaming(reply) => reply.send(chunk).await,
+            Self::Shared { writer, .. } => {
+                // A chunk may be part of a larger buffer.
+                writer.push(Bytes::copy_from_slice(chunk), usage).await;
+                Ok(())
+            }
             Self::Waiting(_) | Self::Gone => Err(Interrupted),
         }
     }
+}
+
+fn abandoned() -> WireError {
+    let message = "the job was given up because nobody read its answer; ask again";
+    WireError::new(ErrorCode::Unavailable, message).with_retry_after(Duration::from_secs(1))
 }
 
 /// How an attempt ended.

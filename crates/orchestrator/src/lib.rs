@@ -4,6 +4,7 @@
 //! [`retry_manager`], [`job`], `journal`); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
 
 mod advance;
+mod answers;
 mod bounds;
 pub mod circuit_breaker;
 pub mod config;
@@ -24,9 +25,11 @@ pub mod registry_policies;
 pub mod reservation_manager;
 pub mod retry_manager;
 pub mod scheduler;
+mod sealing;
 mod worker_errors;
 pub mod worker_record;
 
 pub use config::Config;
 pub use metrics::Metrics;
 pub use orchestrator::{Orchestrator, OrchestratorParts};
+pub use sealing::SealingKey;

@@ -1,5 +1,7 @@
 //! The orchestrator service: takes each job from submission to settlement.
 
+mod repeats;
+
 use std::collections::{BTreeSet, HashMap};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -31,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
+use crate::answers::Answers;
 use crate::circuit_breaker::{Admission, CircuitBreaker, Outcome};
 use crate::config::Config;
 use crate::crash_record::{CRASHES_MAX, CrashRecord, EngineCrash};
@@ -48,6 +51,7 @@ use crate::registry_policies::RegistryPolicies;
 use crate::reservation_manager::{Ending, ReservationManager};
 use crate::retry_manager::{self, Failure, Part, Plan};
 use crate::scheduler::{self, Candidate, Placement, Refusal};
+use crate::sealing::SealingKey;
 use crate::worker_record::WorkerRecords;
 
 /// How long a worker may take to respond to a request to load or unload a model.
@@ -69,6 +73,8 @@ pub struct OrchestratorParts {
     pub metrics: Metrics,
     /// Decides which nodes may submit jobs, send reports and receive jobs.
     pub membership: Membership,
+    /// Encrypts the answers that are kept.
+    pub sealing_key: SealingKey,
     pub version: String,
 }
 
@@ -90,6 +96,8 @@ pub struct Orchestrator {
     membership: Membership,
     /// Checks of workers that were set aside.
     checks: TaskTracker,
+    answers: Arc<Answers>,
+    sealing_key: SealingKey,
 }
 
 impl Orchestrator {
@@ -347,7 +355,7 @@ impl Orchestrator {
     /// Settles the job, then sends the last chunk or returns the error.
     async fn finalise(&self, mut journey: Journey, end: AttemptEnd, delivery: &mut Delivery) -> Result<(), WireError> {
         let usage = end.usage();
-        let (ending, event) = match &end {
+        let (mut ending, event) = match &end {
             AttemptEnd::Complete { finish_reason, .. } => {
                 (Ending::completed(*finish_reason, usage), JobEvent::Complete)
             }
@@ -374,7 +382,12 @@ impl Orchestrator {
             self.metrics.shed.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
         }
         let settled = match journey.reservation.take() {
-            Some(reservation) => reservation.finalise(ending).await,
+            Some(reservation) => {
+                if let AttemptEnd::Complete { last_chunk, .. } = &end {
+                    ending.answer = self.sealed(&reservation.key, delivery, last_chunk);
+                }
+                reservation.finalise(ending).await
+            }
             None => Ok(Finalised::Settled),
         };
         info!(
@@ -391,7 +404,7 @@ impl Orchestrator {
         match (end, settled) {
             (AttemptEnd::Complete { last_chunk, .. }, Ok(Finalised::Settled)) => {
                 // A caller that disconnects now has received everything but the last chunk, and is billed.
-                let _ = delivery.send(&last_chunk).await;
+                let _ = delivery.send_last(&last_chunk, usage).await;
                 Ok(())
             }
             (AttemptEnd::Complete { .. }, Ok(_)) => {
@@ -546,7 +559,11 @@ impl Orchestrator {
         let deadline = call.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(self.config.deadline_secs));
         let stall = Duration::from_secs(self.config.caller_stall_secs);
         let mut delivery = Delivery::new(call, stall, request.acknowledges);
-        match self.submit(Journey::new(request, fingerprint, deadline), &mut delivery).await {
+        let journey = Journey::new(request.clone(), fingerprint, deadline);
+        if let Some(linger) = request.linger_ms {
+            return self.take_repeatable(&request, Duration::from_millis(linger), journey, delivery).await;
+        }
+        match self.submit(journey, &mut delivery).await {
             Ok(()) => delivery.finish().await,
             Err(error) => delivery.fail(error).await,
         }
@@ -576,7 +593,7 @@ impl Orchestrator {
 
     /// Runs an orchestrator until `stop` is cancelled.
     pub async fn run(config: Config, parts: OrchestratorParts, stop: CancellationToken) -> Result<(), StoreError> {
-        let OrchestratorParts { transport, region, clock, store, metrics, membership, version } = parts;
+        let OrchestratorParts { transport, region, clock, store, metrics, membership, sealing_key, version } = parts;
         let connect_within = Duration::from_millis(config.dispatch_connect_ms);
         let client = Client::connecting_within(transport.clone(), connect_within).with_membership(membership.clone());
         let topic = Topic::Control(region.clone());
@@ -618,6 +635,8 @@ impl Orchestrator {
             client,
             membership,
             checks: TaskTracker::new(),
+            answers: Arc::default(),
+            sealing_key,
             config,
         });
 
@@ -636,6 +655,12 @@ impl Orchestrator {
         background.spawn({
             let (orchestrator, ended) = (orchestrator.clone(), ended.clone());
             async move { orchestrator.reservations.run(ended).await }
+        });
+
+        background.spawn({
+            let (reservations, ended) = (orchestrator.reservations.clone(), ended.clone());
+            let bytes_max = orchestrator.config.answers_kept_mib << 20;
+            async move { reservations.prune_answers(bytes_max, ended).await }
         });
 
         background.spawn(suspect_after_pauses(orchestrator.client.clone(), ended.clone()));

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use metadata_store::{DurableState, JobRecord};
+use metadata_store::{DurableState, JobRecord, TerminalState};
 use protocol::error_code::LoadingModel;
 use protocol::health::LoadProgress;
 use protocol::model::ModelKey;
@@ -43,14 +43,26 @@ pub(crate) fn model_loading(model: &ModelKey, worker: WorkerId, progress: LoadPr
 
 /// The error of a job whose key is already in the store, with the fingerprint of the request that came now.
 pub(crate) fn repeated(known: &JobRecord, fingerprint: &[u8; 32]) -> WireError {
-    if known.request_fingerprint != *fingerprint {
-        let message = "this retryToken was used for another request; give each request a token of its own";
-        return WireError::new(ErrorCode::IdempotencyKeyReused, message).with_param("retryToken");
+    match known.state {
+        _ if known.request_fingerprint != *fingerprint => reused(),
+        DurableState::Reserved => is_running(),
+        DurableState::Settled(TerminalState::Dead) => crashes_engines(),
+        DurableState::Settled(_) => {
+            let message = "the job of this retryToken has ended, and its answer is not kept; use a new token";
+            WireError::new(ErrorCode::IdempotencyKeyReused, message).with_param("retryToken")
+        }
     }
-    let message = match known.state {
-        DurableState::Reserved => "a job of this retryToken is running, and is not run twice",
-        DurableState::Settled(_) => "the job of this retryToken has ended, and is not run twice; use a new token",
-    };
+}
+
+/// The error of a request under the key of another request.
+pub(crate) fn reused() -> WireError {
+    let message = "this retryToken was used for another request; give each request a token of its own";
+    WireError::new(ErrorCode::IdempotencyKeyReused, message).with_param("retryToken")
+}
+
+/// The error of a repeat whose job runs where its answer cannot be read from the beginning.
+pub(crate) fn is_running() -> WireError {
+    let message = "a job of this retryToken is running, and is not run twice";
     WireError::new(ErrorCode::IdempotencyInProgress, message).with_retry_after(Duration::from_secs(1))
 }
 

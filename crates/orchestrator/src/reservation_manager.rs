@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metadata_store::{
-    FinaliseError, Finalised, JobError, JobKey, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved,
-    SealedAnswer, Settlement, StoreError, TerminalState,
+    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment, ReserveError,
+    Reserved, SealedAnswer, Settlement, StoreError, TerminalState,
 };
 use parking_lot::Mutex;
 use protocol::infer::{FinishReason, InferRequest};
 use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
-use protocol::{Clock, ErrorCode, Region, WireError, WorkerId};
+use protocol::{Clock, ErrorCode, Region, UnixMillis, WireError, WorkerId};
 use rpc::backoff::Backoff;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +24,11 @@ use crate::refusals;
 
 /// The most expired leases that one sweep releases.
 const EXPIRED_AT_ONCE: u32 = 256;
+
+/// How often kept answers are pruned. Each time reads their sizes.
+const PRUNE_EVERY: Duration = Duration::from_mins(1);
+/// The most answers that one write removes.
+const PRUNED_AT_ONCE: u32 = 64;
 
 /// Delay before a settlement is retried; it doubles with each retry.
 const SETTLE_AGAIN: Duration = Duration::from_millis(20);
@@ -113,6 +118,15 @@ impl Ending {
     }
 }
 
+/// Returns the identity of a request's job.
+pub(crate) fn key_of(request: &InferRequest) -> JobKey {
+    JobKey {
+        tenant_id: request.tenant_id.clone(),
+        correlation_id: request.correlation_id,
+        retry_token: request.retry_token.clone(),
+    }
+}
+
 /// Converts a store error to the error that the caller gets.
 fn store_error(error: &StoreError) -> WireError {
     match error {
@@ -150,11 +164,7 @@ impl ReservationManager {
     ) -> Result<Reservation, WireError> {
         let counted = Counted::on(&self.fleet, worker_id);
         let now = self.clock.now();
-        let key = JobKey {
-            tenant_id: request.tenant_id.clone(),
-            correlation_id: request.correlation_id,
-            retry_token: request.retry_token.clone(),
-        };
+        let key = key_of(request);
         let job = NewJob {
             key: key.clone(),
             trace_id: request.trace_id,
@@ -178,6 +188,27 @@ impl ReservationManager {
         self.lock().insert(key.clone(), void.clone());
         self.metrics.reservations_active.inc();
         Ok(Reservation { manager: self.clone(), counted, key, worker_id, attempt, void })
+    }
+
+    pub(crate) fn now(&self) -> UnixMillis {
+        self.clock.now()
+    }
+
+    pub(crate) async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, WireError> {
+        self.store.job(key).await.map_err(|error| store_error(&error))
+    }
+
+    /// Returns the sealed answer of a job that is kept.
+    pub(crate) async fn answer(&self, key: &JobKey) -> Result<Option<Vec<u8>>, WireError> {
+        self.store.answer(key, self.now()).await.map_err(|error| store_error(&error))
+    }
+
+    /// Removes kept answers that have expired or are too many, until `stop` is cancelled.
+    pub(crate) async fn prune_answers(&self, bytes_max: u64, stop: CancellationToken) {
+        let mut ticks = time::interval(PRUNE_EVERY);
+        while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+            while let Ok(PRUNED_AT_ONCE..) = self.store.prune_answers(self.now(), bytes_max, PRUNED_AT_ONCE).await {}
+        }
     }
 
     /// Renews the leases of running jobs and releases expired ones until `stop` is cancelled.

@@ -7,6 +7,7 @@ use base64::prelude::BASE64_STANDARD;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::clock::UnixMillis;
 use crate::id::{CorrelationId, Digest, ModelName, ModelVersion, RetryToken, TenantId, TraceId};
 use crate::model::ModelKey;
 use crate::usage::TokenUsage;
@@ -70,6 +71,10 @@ pub struct InferRequest {
     /// else.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub acknowledges: bool,
+    /// Milliseconds for which the job goes on without a reader. If it is present, the client may submit the request
+    /// again and get the same answer, also after its end. Workers get none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linger_ms: Option<u64>,
 }
 
 impl InferRequest {
@@ -99,6 +104,7 @@ impl InferRequest {
             progress: false,
             delivered: None,
             acknowledges: false,
+            linger_ms: None,
         }
     }
 }
@@ -199,12 +205,26 @@ pub struct InferChunk {
     /// Progress of a job that is running or queued. A chunk with it has no other content.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
+    /// Where the answer comes from, if its client may submit the request again. It is in a chunk with `progress`, before
+    /// the first part of the answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+}
+
+/// Where an answer comes from that a client may ask for again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Origin {
+    /// When the job began.
+    pub created_at: UnixMillis,
+    /// Whether the job had ended before this call, so that its kept answer is sent again.
+    pub replayed: bool,
 }
 
 impl InferChunk {
     /// Creates a chunk that is neither the first nor the last.
     pub fn new(correlation_id: CorrelationId, attempt: u32, seq: u64, payload: Payload) -> Self {
-        Self { correlation_id, seq, payload, model: None, done: false, attempt, progress: None }
+        Self { correlation_id, seq, payload, model: None, done: false, attempt, progress: None, origin: None }
     }
 }
 

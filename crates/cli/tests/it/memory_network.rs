@@ -178,6 +178,7 @@ impl Network {
             store: Arc::new(SqliteStore::in_memory().expect("a store")),
             metrics: Metrics::new().orchestrator,
             membership,
+            sealing_key: orchestrator::SealingKey([7; 32]),
             version: "0".into(),
         };
         // The engines are equal: what was measured of them does not count.

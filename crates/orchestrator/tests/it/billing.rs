@@ -86,7 +86,8 @@ async fn another_request_under_a_known_token_is_refused_as_such() {
     let job = InferRequest { fingerprint: asked("this"), ..stand.job() };
     stand.answer(&job).await.expect("answered");
     let later = InferRequest { trace_id: protocol::TraceId([2; 16]), deadline_ms: Some(9_999), ..job.clone() };
-    assert_eq!(stand.answer(&later).await.expect_err("a repeat").code, ErrorCode::IdempotencyInProgress);
+    let repeat = stand.answer(&later).await.expect_err("its answer is not kept");
+    assert_eq!(repeat.code, ErrorCode::IdempotencyKeyReused);
     let other = InferRequest { fingerprint: asked("that"), ..job };
     let refused = stand.answer(&other).await.expect_err("not a repeat");
     assert_eq!((refused.code, refused.param.as_deref()), (ErrorCode::IdempotencyKeyReused, Some("retryToken")));

@@ -11,4 +11,5 @@ mod jobs;
 mod membership;
 mod presence;
 mod progress;
+mod repeats;
 mod stand;

@@ -193,6 +193,7 @@ pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand 
         store: store.clone(),
         metrics,
         membership: membership.clone(),
+        sealing_key: tether_orchestrator::SealingKey([7; 32]),
         version: "0".into(),
     };
     tasks.spawn(async move { Orchestrator::run(config, parts, CancellationToken::new()).await.expect("runs") });

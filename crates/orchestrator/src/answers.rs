@@ -1,0 +1,339 @@
+//! Answers that several calls may read: those of jobs whose clients may ask for them again.
+//!
+//! A job writes its chunks here, and each call reads them from the first one on, at its own pace. The job goes on for a
+//! while when nobody reads.
+
+use std::collections::hash_map::{Entry, HashMap};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use metadata_store::JobKey;
+use parking_lot::Mutex;
+use protocol::infer::Origin;
+use protocol::usage::TokenUsage;
+use protocol::{UnixMillis, WireError};
+use tokio::sync::watch;
+use tokio::time::{self, Instant};
+
+/// Bytes of an answer up to which it is kept whole.
+pub(crate) const ANSWER_BYTES_MAX: usize = 8 << 20;
+/// Bytes of all running answers together up to which they are kept whole.
+const ANSWERS_BYTES_MAX: usize = 256 << 20;
+
+/// The running answers.
+#[derive(Default)]
+pub(crate) struct Answers {
+    running: Mutex<HashMap<JobKey, Arc<Shared>>>,
+    bytes: AtomicUsize,
+}
+
+/// What a call finds under its key.
+pub(crate) enum Found {
+    /// Nothing runs: the call is to run the job.
+    Nothing(Writer, Reader),
+    Running(Reader),
+    /// A job of another request runs.
+    Other,
+}
+
+struct Shared {
+    fingerprint: [u8; 32],
+    state: watch::Sender<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The chunks that are kept, and what is billed if a caller has read up to their end.
+    chunks: VecDeque<(Bytes, TokenUsage)>,
+    /// Number of the first of them. It is above 0 if the answer was too long to be kept whole.
+    first: usize,
+    bytes: usize,
+    /// The last chunk without a part of the answer, and how many there were.
+    progress: Option<(u64, Bytes)>,
+    origin: Option<Origin>,
+    end: Option<Result<(), WireError>>,
+    /// For each reader, the number of the next chunk it reads.
+    readers: BTreeMap<u64, usize>,
+    readers_so_far: u64,
+    /// When the last reader left.
+    left_at: Option<Instant>,
+    /// What the reader that read most has acknowledged.
+    read: TokenUsage,
+    /// Whether the job waits for a reader that has read everything.
+    wants_receipt: bool,
+    has_receipt: bool,
+    /// Whether the job waits for its readers, because the answer is too long to be kept whole.
+    is_full: bool,
+}
+
+impl Answers {
+    /// Finds the running answer of a job, or begins one.
+    pub(crate) fn enter(self: &Arc<Self>, key: &JobKey, fingerprint: [u8; 32]) -> Found {
+        let mut running = self.running.lock();
+        match running.entry(key.clone()) {
+            Entry::Occupied(entry) if entry.get().fingerprint != fingerprint => Found::Other,
+            Entry::Occupied(entry) => Found::Running(Reader::new(entry.get().clone())),
+            Entry::Vacant(entry) => {
+                let shared = Arc::new(Shared { fingerprint, state: watch::Sender::new(State::default()) });
+                entry.insert(shared.clone());
+                let reader = Reader::new(shared.clone());
+                Found::Nothing(Writer { answers: self.clone(), key: key.clone(), shared }, reader)
+            }
+        }
+    }
+}
+
+/// The job's end of an answer. Dropping it makes room for another job of the same key.
+pub(crate) struct Writer {
+    answers: Arc<Answers>,
+    key: JobKey,
+    shared: Arc<Shared>,
+}
+
+impl Writer {
+    /// Says where the answer comes from. Called once, before its first chunk.
+    pub(crate) fn begin(&self, origin: Origin) {
+        self.shared.state.send_modify(|state| state.origin = Some(origin));
+    }
+
+    /// Adds a chunk. Waits for the readers if the answer is too long to be kept whole.
+    pub(crate) async fn push(&self, chunk: Bytes, usage: TokenUsage) {
+        let mut watcher = self.shared.state.subscribe();
+        while !self.make_room(chunk.len()) {
+            if watcher.changed().await.is_err() {
+                return;
+            }
+        }
+        self.answers.bytes.fetch_add(chunk.len(), Ordering::Relaxed);
+        self.shared.state.send_modify(|state| {
+            state.bytes += chunk.len();
+            state.chunks.push_back((chunk, usage));
+        });
+    }
+
+    /// Drops chunks that all readers have read, if there is no room for a further one. Returns whether there is room.
+    fn make_room(&self, bytes: usize) -> bool {
+        let mut has_room = false;
+        self.shared.state.send_if_modified(|state| {
+            let slowest = state.readers.values().copied().min().unwrap_or(state.first);
+            loop {
+                let total = self.answers.bytes.load(Ordering::Relaxed);
+                has_room = state.chunks.is_empty()
+                    || (state.bytes + bytes <= ANSWER_BYTES_MAX && total + bytes <= ANSWERS_BYTES_MAX);
+                state.is_full = !has_room;
+                if has_room || state.first >= slowest {
+                    return false;
+                }
+                let Some((chunk, _)) = state.chunks.pop_front() else { return false };
+                state.first += 1;
+                state.bytes -= chunk.len();
+                self.answers.bytes.fetch_sub(chunk.len(), Ordering::Relaxed);
+            }
+        });
+        has_room
+    }
+
+    /// Tells the readers of progress.
+    pub(crate) fn progress(&self, chunk: Bytes) {
+        self.shared.state.send_modify(|state| {
+            let number = state.progress.as_ref().map_or(0, |(number, _)| *number);
+            state.progress = Some((number + 1, chunk));
+        });
+    }
+
+    /// Waits until nobody has read for `linger`. Cancel safe.
+    pub(crate) async fn abandoned(&self, linger: Duration) {
+        let mut watcher = self.shared.state.subscribe();
+        loop {
+            let left_at = {
+                let state = watcher.borrow_and_update();
+                state.left_at.filter(|_| state.readers.is_empty())
+            };
+            let over = async {
+                match left_at {
+                    Some(left_at) => time::sleep_until(left_at + linger).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                changed = watcher.changed() => if changed.is_err() { return },
+                () = over => return,
+            }
+        }
+    }
+
+    /// Returns what the reader that read most has acknowledged.
+    pub(crate) fn read(&self) -> TokenUsage {
+        self.shared.state.borrow().read
+    }
+
+    /// Returns whether the answer is kept whole, so that its readers may come later.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.shared.state.borrow().first == 0
+    }
+
+    /// Waits until a reader has acknowledged everything, unless the answer is kept whole.
+    pub(crate) async fn wait_until_read(&self) {
+        if self.is_whole() {
+            return;
+        }
+        self.shared.state.send_modify(|state| state.wants_receipt = true);
+        let _ = self.shared.state.subscribe().wait_for(|state| state.has_receipt).await;
+    }
+
+    /// Returns the chunks so far.
+    pub(crate) fn chunks(&self) -> Vec<Bytes> {
+        self.shared.state.borrow().chunks.iter().map(|(chunk, _)| chunk.clone()).collect()
+    }
+
+    pub(crate) fn created_at(&self) -> Option<UnixMillis> {
+        self.shared.state.borrow().origin.map(|origin| origin.created_at)
+    }
+
+    /// Ends the answer.
+    pub(crate) fn end(&self, end: Result<(), WireError>) {
+        self.shared.state.send_modify(|state| {
+            state.end.get_or_insert(end);
+        });
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.answers.running.lock().remove(&self.key);
+        self.answers.bytes.fetch_sub(self.shared.state.borrow().bytes, Ordering::Relaxed);
+    }
+}
+
+/// What a reader reads next.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Next {
+    Chunk(Bytes, TokenUsage),
+    Progress(Bytes),
+    /// The job waits until the reader's caller has acknowledged everything.
+    Receipt,
+    /// The answer is not kept whole, and the reader came too late.
+    TooLate,
+    End(Result<(), WireError>),
+}
+
+/// A call's end of an answer.
+pub(crate) struct Reader {
+    shared: Arc<Shared>,
+    watcher: watch::Receiver<State>,
+    id: u64,
+    position: usize,
+    progress: u64,
+    has_sent_receipt: bool,
+}
+
+impl Reader {
+    fn new(shared: Arc<Shared>) -> Self {
+        let mut id = 0;
+        shared.state.send_if_modified(|state| {
+            state.readers_so_far += 1;
+            id = state.readers_so_far;
+            state.readers.insert(id, 0);
+            false
+        });
+        let watcher = shared.state.subscribe();
+        Self { shared, watcher, id, position: 0, progress: 0, has_sent_receipt: false }
+    }
+
+    /// Waits for what comes next. Cancel safe.
+    pub(crate) async fn next(&mut self) -> Next {
+        loop {
+            if let Some(next) = self.ready() {
+                return next;
+            }
+            if self.watcher.changed().await.is_err() {
+                // The reader itself keeps the sender.
+                return Next::TooLate;
+            }
+        }
+    }
+
+    fn ready(&mut self) -> Option<Next> {
+        let state = self.watcher.borrow_and_update();
+        if self.position < state.first {
+            return Some(Next::TooLate);
+        }
+        if let Some((chunk, usage)) = state.chunks.get(self.position - state.first) {
+            self.position += 1;
+            return Some(Next::Chunk(chunk.clone(), *usage));
+        }
+        if let Some(end) = &state.end {
+            return Some(Next::End(end.clone()));
+        }
+        if state.wants_receipt && !self.has_sent_receipt {
+            self.has_sent_receipt = true;
+            return Some(Next::Receipt);
+        }
+        let (number, chunk) = state.progress.as_ref().filter(|(number, _)| *number > self.progress)?;
+        self.progress = *number;
+        Some(Next::Progress(chunk.clone()))
+    }
+
+    /// Returns where the answer comes from, once its first chunk was read.
+    pub(crate) fn origin(&self) -> Option<Origin> {
+        self.shared.state.borrow().origin
+    }
+
+    /// Records what the caller has acknowledged, in all.
+    pub(crate) fn acknowledge(&self, usage: TokenUsage) {
+        let position = self.position;
+        self.shared.state.send_if_modified(|state| {
+            if usage.total_tokens() > state.read.total_tokens() {
+                state.read = usage;
+            }
+            state.readers.insert(self.id, position);
+            state.is_full
+        });
+    }
+
+    /// Records that the caller has acknowledged everything that the job waits for.
+    pub(crate) fn receipt(&self) {
+        self.shared.state.send_modify(|state| state.has_receipt = true);
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.shared.state.send_modify(|state| {
+            state.readers.remove(&self.id);
+            state.left_at = Some(Instant::now());
+        });
+    }
+}
+
+/// Writes an answer as the bytes that are sealed and stored.
+pub(crate) fn encode(created_at: UnixMillis, chunks: &[Bytes]) -> Vec<u8> {
+    let bytes: usize = chunks.iter().map(|chunk| chunk.len() + 4).sum();
+    let mut encoded = Vec::with_capacity(8 + bytes);
+    encoded.extend_from_slice(&created_at.0.to_be_bytes());
+    for chunk in chunks {
+        encoded.extend_from_slice(&(chunk.len() as u32).to_be_bytes());
+        encoded.extend_from_slice(chunk);
+    }
+    encoded
+}
+
+/// Reads what [`encode`] wrote. Returns `None` if it is malformed.
+pub(crate) fn decode(encoded: Vec<u8>) -> Option<(UnixMillis, Vec<Bytes>)> {
+    let mut rest = Bytes::from(encoded);
+    let take = |rest: &mut Bytes, bytes: usize| (rest.len() >= bytes).then(|| rest.split_to(bytes));
+    let created_at = u64::from_be_bytes(take(&mut rest, 8)?[..].try_into().ok()?);
+    let mut chunks = vec![];
+    while !rest.is_empty() {
+        let bytes = u32::from_be_bytes(take(&mut rest, 4)?[..].try_into().ok()?);
+        chunks.push(take(&mut rest, bytes as usize)?);
+    }
+    Some((UnixMillis(created_at), chunks))
+}
+
+#[cfg(test)]
+mod tests;

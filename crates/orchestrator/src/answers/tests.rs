@@ -1,0 +1,158 @@
+use futures_util::FutureExt as _;
+use proptest::prelude::*;
+use protocol::ErrorCode;
+
+use super::*;
+
+fn key(number: u128) -> JobKey {
+    JobKey {
+        tenant_id: "acme".parse().expect("tenant"),
+        correlation_id: protocol::CorrelationId(uuid::Uuid::from_u128(number)),
+        retry_token: "r".parse().expect("token"),
+    }
+}
+
+fn begin(answers: &Arc<Answers>) -> (Writer, Reader) {
+    let Found::Nothing(writer, reader) = answers.enter(&key(1), [1; 32]) else { panic!("nothing runs") };
+    (writer, reader)
+}
+
+fn again(answers: &Arc<Answers>) -> Reader {
+    let Found::Running(reader) = answers.enter(&key(1), [1; 32]) else { panic!("it runs") };
+    reader
+}
+
+fn read(completion_tokens: u32) -> TokenUsage {
+    TokenUsage { completion_tokens, ..TokenUsage::default() }
+}
+
+async fn push(writer: &Writer, number: u8) {
+    writer.push(Bytes::from(vec![number]), read(number.into())).await;
+}
+
+fn chunk(next: Option<Next>) -> u8 {
+    let Some(Next::Chunk(chunk, usage)) = next else { panic!("{next:?}") };
+    assert_eq!(usage, read(chunk[0].into()));
+    chunk[0]
+}
+
+#[tokio::test]
+async fn each_reader_reads_from_the_first_chunk_to_the_end() {
+    let answers = Arc::default();
+    let (writer, mut first) = begin(&answers);
+    push(&writer, 1).await;
+    assert_eq!(chunk(first.next().now_or_never()), 1);
+    assert_eq!(first.next().now_or_never(), None);
+    let mut second = again(&answers);
+    push(&writer, 2).await;
+    writer.end(Ok(()));
+    writer.end(Err(WireError::new(ErrorCode::InternalError, "a second end")));
+    assert_eq!([1, 2].map(|_| chunk(second.next().now_or_never())), [1, 2]);
+    assert_eq!(chunk(first.next().now_or_never()), 2);
+    for reader in [&mut first, &mut second] {
+        assert_eq!(reader.next().now_or_never(), Some(Next::End(Ok(()))));
+    }
+    drop(writer);
+    assert!(matches!(answers.enter(&key(1), [2; 32]), Found::Nothing(..)), "the key is free once the job has ended");
+}
+
+#[tokio::test]
+async fn another_request_under_the_key_is_told_apart() {
+    let answers = Arc::default();
+    let _running = begin(&answers);
+    assert!(matches!(answers.enter(&key(1), [2; 32]), Found::Other));
+    assert!(matches!(answers.enter(&key(2), [2; 32]), Found::Nothing(..)));
+}
+
+#[tokio::test]
+async fn only_the_latest_progress_is_told() {
+    let answers = Arc::default();
+    let (writer, mut reader) = begin(&answers);
+    writer.progress(Bytes::from_static(b"a"));
+    writer.progress(Bytes::from_static(b"b"));
+    assert_eq!(reader.next().now_or_never(), Some(Next::Progress(Bytes::from_static(b"b"))));
+    assert_eq!(reader.next().now_or_never(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_is_abandoned_when_nobody_has_read_for_long_enough() {
+    let answers = Arc::default();
+    let (writer, reader) = begin(&answers);
+    let linger = Duration::from_secs(30);
+    let long = Duration::from_hours(1);
+    assert!(time::timeout(long, writer.abandoned(linger)).await.is_err(), "somebody reads");
+    drop(reader);
+    assert!(time::timeout(linger / 2, writer.abandoned(linger)).await.is_err());
+    let reader = again(&answers);
+    assert!(time::timeout(long, writer.abandoned(linger)).await.is_err(), "somebody reads again");
+    let left = Instant::now();
+    drop(reader);
+    writer.abandoned(linger).await;
+    assert_eq!(left.elapsed(), linger);
+}
+
+#[tokio::test]
+async fn what_the_reader_that_read_most_has_acknowledged_counts() {
+    let answers = Arc::default();
+    let (writer, first) = begin(&answers);
+    let second = again(&answers);
+    for (reader, tokens) in [(&first, 3), (&second, 2), (&first, 1)] {
+        reader.acknowledge(read(tokens));
+    }
+    assert_eq!(writer.read(), read(3));
+}
+
+#[tokio::test]
+async fn an_answer_that_is_too_long_goes_at_the_pace_of_its_readers() {
+    let answers = Arc::default();
+    let (writer, mut reader) = begin(&answers);
+    let half = Bytes::from(vec![0; ANSWER_BYTES_MAX / 2]);
+    for _ in 0..2 {
+        writer.push(half.clone(), read(0)).await;
+    }
+    assert!(writer.is_whole());
+    let mut third = Box::pin(writer.push(half.clone(), read(0)));
+    assert!((&mut third).now_or_never().is_none(), "the reader has read nothing");
+    assert!(matches!(reader.next().await, Next::Chunk(..)));
+    assert!((&mut third).now_or_never().is_none(), "the chunk was not sent yet");
+    reader.acknowledge(read(0));
+    third.await;
+    assert!(!writer.is_whole());
+    assert_eq!(again(&answers).next().await, Next::TooLate);
+    for _ in 0..2 {
+        assert!(matches!(reader.next().now_or_never(), Some(Next::Chunk(..))));
+    }
+    // What is not kept whole must be read before the job ends.
+    let mut is_read = Box::pin(writer.wait_until_read());
+    assert!((&mut is_read).now_or_never().is_none());
+    assert_eq!(reader.next().now_or_never(), Some(Next::Receipt));
+    reader.receipt();
+    is_read.await;
+    drop(writer);
+    assert_eq!(answers.bytes.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test]
+async fn all_answers_together_have_a_bound() {
+    let answers: Arc<Answers> = Arc::default();
+    let (writer, _reader) = begin(&answers);
+    push(&writer, 1).await;
+    answers.bytes.fetch_add(ANSWERS_BYTES_MAX, Ordering::Relaxed);
+    assert!(push(&writer, 2).now_or_never().is_none());
+    answers.bytes.fetch_sub(ANSWERS_BYTES_MAX, Ordering::Relaxed);
+    push(&writer, 2).now_or_never().expect("there is room again");
+}
+
+proptest! {
+    #[test]
+    fn what_is_encoded_is_decoded(created_at: u64, chunks: Vec<Vec<u8>>) {
+        let chunks: Vec<Bytes> = chunks.into_iter().map(Bytes::from).collect();
+        let encoded = encode(UnixMillis(created_at), &chunks);
+        prop_assert_eq!(decode(encoded), Some((UnixMillis(created_at), chunks)));
+    }
+
+    #[test]
+    fn nothing_makes_the_decoder_panic(bytes: Vec<u8>) {
+        let _ = decode(bytes);
+    }
+}

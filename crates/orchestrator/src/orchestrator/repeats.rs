@@ -1,0 +1,144 @@
+//! Jobs whose clients may ask for their answer again: a repeat reads the answer that runs, or the one that is kept.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use metadata_store::{DurableState, JobKey, SealedAnswer, TerminalState};
+use protocol::infer::{InferChunk, InferRequest, Origin, Payload, Progress};
+use protocol::usage::TokenUsage;
+use protocol::{ErrorCode, UnixMillis, WireError, codec};
+use tokio::time::{self, Instant};
+use tracing::warn;
+
+use super::Orchestrator;
+use crate::answers::{self, Found, Next, Reader};
+use crate::dispatch::Delivery;
+use crate::journey::Journey;
+use crate::refusals;
+use crate::reservation_manager::key_of;
+
+/// The longest time that a job goes on without a reader, whatever its gateway asks for.
+const LINGER_MAX: Duration = Duration::from_mins(5);
+
+impl Orchestrator {
+    /// Answers a call with the answer of its job, which at most one call runs.
+    pub(super) async fn take_repeatable(
+        &self,
+        request: &InferRequest,
+        linger: Duration,
+        journey: Journey,
+        caller: Delivery,
+    ) {
+        let (key, fingerprint, deadline) = (key_of(request), journey.fingerprint, journey.deadline);
+        match self.answers.enter(&key, fingerprint) {
+            Found::Other => caller.fail(refusals::reused()).await,
+            Found::Running(reader) => follow(reader, request, Some(deadline), caller).await,
+            Found::Nothing(writer, reader) => {
+                let stall = Duration::from_secs(self.config.caller_stall_secs);
+                let delivery =
+                    Delivery::shared(writer, linger.min(LINGER_MAX), self.config.answers_kept_hours > 0, stall);
+                // The job's own deadline ends it.
+                tokio::join!(self.run_repeatable(key, journey, delivery), follow(reader, request, None, caller));
+            }
+        }
+    }
+
+    async fn run_repeatable(&self, key: JobKey, journey: Journey, mut delivery: Delivery) {
+        let outcome = match self.recall(&key, &journey.fingerprint).await {
+            Ok(None) => {
+                delivery.begin(Origin { created_at: self.reservations.now(), replayed: false });
+                self.submit(journey, &mut delivery).await
+            }
+            Ok(Some((created_at, chunks))) => {
+                delivery.begin(Origin { created_at, replayed: true });
+                for chunk in chunks {
+                    // The job is billed already.
+                    let _ = delivery.send_last(&chunk, TokenUsage::default()).await;
+                }
+                Ok(())
+            }
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(()) => delivery.finish().await,
+            Err(error) => delivery.fail(error).await,
+        }
+    }
+
+    /// Returns the answer of a job that has ended, or `None` if the job is to run.
+    async fn recall(
+        &self,
+        key: &JobKey,
+        fingerprint: &[u8; 32],
+    ) -> Result<Option<(UnixMillis, Vec<Bytes>)>, WireError> {
+        let Some(known) = self.reservations.job(key).await? else { return Ok(None) };
+        if known.may_run_again(fingerprint) {
+            return Ok(None);
+        }
+        let has_answer = known.state == DurableState::Settled(TerminalState::Completed);
+        if has_answer
+            && known.request_fingerprint == *fingerprint
+            && let Some(sealed) = self.reservations.answer(key).await?
+        {
+            match self.sealing_key.open(key, &sealed).ok().and_then(answers::decode) {
+                Some(answer) => return Ok(Some(answer)),
+                None => warn!(correlation_id = %key.correlation_id, "a kept answer cannot be opened"),
+            }
+        }
+        Err(refusals::repeated(&known, fingerprint))
+    }
+
+    /// Seals the answer of a job that is about to be settled, if it is to be kept.
+    pub(super) fn sealed(&self, key: &JobKey, delivery: &Delivery, last: &Bytes) -> Option<SealedAnswer> {
+        let (created_at, chunks) = delivery.stored(last)?;
+        let sealed = self.sealing_key.seal(key, &answers::encode(created_at, &chunks))?;
+        let kept = Duration::from_hours(self.config.answers_kept_hours);
+        Some(SealedAnswer { sealed: sealed.into(), expires_at: self.reservations.now().after(kept) })
+    }
+}
+
+/// Sends a shared answer to a caller. By `deadline` it must have begun.
+async fn follow(mut reader: Reader, request: &InferRequest, deadline: Option<Instant>, mut caller: Delivery) {
+    let mut is_introduced = false;
+    let mut billed = TokenUsage::default();
+    loop {
+        let next = tokio::select! {
+            biased;
+            next = reader.next() => next,
+            () = caller.gone() => return reader.acknowledge(caller.read_of(billed)),
+            () = time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() && !caller.has_begun() => {
+                let error = WireError::new(ErrorCode::DeadlineExceeded, "the deadline passed");
+                return caller.fail(error).await;
+            }
+        };
+        if let (Next::Chunk(..), Some(origin), true) = (&next, reader.origin(), request.progress)
+            && !std::mem::replace(&mut is_introduced, true)
+            && caller.send_progress(&introduction(request, origin)).await.is_err()
+        {
+            return;
+        }
+        let sent = match next {
+            Next::Chunk(chunk, usage) => {
+                billed = usage;
+                let sent = caller.send_metered(&chunk, usage).await;
+                reader.acknowledge(caller.read_of(usage));
+                sent
+            }
+            Next::Progress(chunk) if request.progress => caller.send_progress(&chunk).await,
+            Next::Progress(_) => Ok(()),
+            Next::Receipt => caller.wait_until_read().await.map(|()| reader.receipt()),
+            Next::TooLate => return caller.fail(refusals::is_running()).await,
+            Next::End(Ok(())) => return caller.finish().await,
+            Next::End(Err(error)) => return caller.fail(error).await,
+        };
+        if sent.is_err() {
+            return reader.acknowledge(caller.read_of(billed));
+        }
+    }
+}
+
+/// Writes a chunk that says where the answer comes from.
+fn introduction(request: &InferRequest, origin: Origin) -> Vec<u8> {
+    let chunk = InferChunk::new(request.correlation_id, 1, 0, Payload::default());
+    codec::encode(&InferChunk { progress: Some(Progress::default()), origin: Some(origin), ..chunk })
+}
