@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::infer::{Embedding, FinishReason, Input, TokenLogprob, ToolCallDelta};
+use protocol::infer::{Embedding, FinishReason, Input, Origin, TokenLogprob, ToolCallDelta};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, WireError, codec};
@@ -123,6 +123,8 @@ pub(crate) struct Begun {
     pub(crate) stream: ResponseStream,
     /// Its first chunk; `None` if the stream ended without one.
     pub(crate) first: Option<Bytes>,
+    /// Where the answer comes from, if it can be asked for again.
+    pub(crate) origin: Option<Origin>,
 }
 
 /// A job's answer. Dropping it before its end cancels the job.
@@ -134,6 +136,7 @@ pub struct Answer {
     stream: Option<ResponseStream>,
     check: Sequence,
     continued: u32,
+    origin: Option<Origin>,
     /// The first piece, received before this value was created.
     first: Option<Piece>,
     record: RequestRecord,
@@ -151,7 +154,7 @@ impl Answer {
         tracker: TaskTracker,
         permit: OwnedSemaphorePermit,
     ) -> Result<Self, WireError> {
-        let Begun { stream, first } = begun;
+        let Begun { stream, first, origin } = begun;
         let correlation_id = record.correlation_id;
         let mut answer = Self {
             correlation_id,
@@ -159,6 +162,7 @@ impl Answer {
             stream: Some(stream),
             check: Sequence::new(correlation_id, expected),
             continued: 0,
+            origin,
             first: None,
             record,
             tracker,
@@ -186,6 +190,11 @@ impl Answer {
     /// Returns how often another worker continued the answer, as far as it has arrived.
     pub fn continued(&self) -> u32 {
         self.continued
+    }
+
+    /// Returns where the answer comes from, if it can be asked for again.
+    pub fn origin(&self) -> Option<Origin> {
+        self.origin
     }
 
     /// Returns the next piece, or `None` after the last one or after an error.
@@ -337,14 +346,21 @@ impl Sequence {
     }
 }
 
-/// Returns whether a chunk carries progress and no part of the answer.
-pub(crate) fn is_progress(raw: &[u8]) -> bool {
-    #[derive(Deserialize)]
-    struct Head {
-        #[serde(default)]
-        progress: Option<IgnoredAny>,
+/// The part of a chunk that says whether it is part of the answer.
+#[derive(Default, Deserialize)]
+pub(crate) struct ChunkHead {
+    /// Set in a chunk that carries progress and no part of the answer.
+    #[serde(default)]
+    pub(crate) progress: Option<IgnoredAny>,
+    #[serde(default)]
+    pub(crate) origin: Option<Origin>,
+}
+
+impl ChunkHead {
+    /// Reads the head of a chunk. One that cannot be read counts as part of the answer, and fails it later.
+    pub(crate) fn read(raw: &[u8]) -> Self {
+        serde_json::from_slice(raw).unwrap_or_default()
     }
-    serde_json::from_slice::<Head>(raw).is_ok_and(|head| head.progress.is_some())
 }
 
 /// Logs a protocol violation and returns the error for the client, without the details.
@@ -417,10 +433,10 @@ mod tests {
         const PROGRESS: &str = r#""payload":{},"done":false,"progress":{"tokensRead":3,"tokensTotal":9}"#;
         let mut sequence = Sequence::new(job(), Expected::default());
         for raw in [chunk(0, 1, PROGRESS), chunk(0, 1, PROGRESS), chunk(0, 2, PROGRESS)] {
-            assert!(is_progress(&raw));
+            assert!(ChunkHead::read(&raw).progress.is_some());
             assert_eq!(sequence.read(raw), Ok(None));
         }
-        assert!(!is_progress(&chunk(0, 2, TEXT)));
+        assert!(ChunkHead::read(&chunk(0, 2, TEXT)).progress.is_none());
         let first = sequence.read(chunk(0, 2, TEXT)).expect("in order").expect("part of the answer");
         assert_eq!((first.seq, first.attempt), (0, 2));
         assert_eq!(sequence.read(chunk(1, 2, PROGRESS)), Ok(None));

@@ -11,7 +11,7 @@ use protocol::control::{
 };
 use protocol::infer::{InferRequest, Input, ModelDigest};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
-use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, TenantId, WireError};
+use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, WireError};
 use rpc::rate_limit::{Quota, RateLimit, Verdict};
 use rpc::{Membership, Transport};
 use serde::Serialize;
@@ -29,8 +29,10 @@ use crate::catalog::{self, Models};
 use crate::config::{Config, seconds};
 use crate::folder_proof::FolderSecret;
 use crate::job::Job;
+use crate::json_body::invalid;
 use crate::metrics::Metrics;
 use crate::prompt_size;
+use crate::repeats::{Repeat, SDK_LINGER, SdkRequests};
 use crate::request_context::{AdmittedRequest, Origin, Refusal, RequestContext};
 use crate::request_record::RequestRecord;
 use crate::upstream::{self, Timeouts, Upstream, UpstreamTask};
@@ -85,6 +87,7 @@ struct Inner {
     upstream_task: Mutex<Option<UpstreamTask>>,
     authentication: Authentication,
     rate_limit: RateLimit<TenantId>,
+    sdk_requests: SdkRequests,
     models: Cached<Models>,
     fleet: Cached<Fleet>,
     jobs: Arc<Semaphore>,
@@ -114,6 +117,7 @@ impl Gateway {
             upstream_task: Mutex::new(Some(upstream_task)),
             authentication: Authentication::new(config.token_cache(), config.registry_absence),
             rate_limit: RateLimit::new(),
+            sdk_requests: SdkRequests::default(),
             models: Cached::new(seconds(config.catalog_cache_secs)),
             fleet: Cached::new(FLEET_BELIEVED),
             jobs: Arc::new(Semaphore::new(config.jobs_max.min(Semaphore::MAX_PERMITS))),
@@ -147,7 +151,7 @@ impl Gateway {
         let mut record = self.record(context);
         let outcome = self.check_in(token, context.origin, &mut record).await;
         match outcome {
-            Ok((grant, rate, permit)) => Ok(AdmittedRequest { grant, rate, permit, record }),
+            Ok((grant, rate, permit)) => Ok(AdmittedRequest { grant, rate, permit, record, repeat: Repeat::default() }),
             Err(refusal) => {
                 record.failed(refusal.error.code);
                 Err(refusal)
@@ -238,10 +242,37 @@ impl Gateway {
         Err(WireError::new(ErrorCode::Unavailable, message).with_retry_after(AWAY_WAIT))
     }
 
+    /// Finds out whether a job may be asked for again, and gives it the id and token of the job that it repeats. Called
+    /// again, it changes nothing.
+    pub(crate) fn identify(&self, admitted: &AdmittedRequest, job: Job, is_streamed: bool) -> Result<Job, WireError> {
+        let (repeat, tenant_id) = (&admitted.repeat, &admitted.grant.tenant_id);
+        if job.linger.is_some() {
+            return Ok(job);
+        }
+        let token = match (&repeat.key, job.retry_token.clone()) {
+            (Some(_), Some(_)) => return Err(invalid("retryToken", "and Idempotency-Key say the same; give only one")),
+            (key, token) => key.clone().or(token),
+        };
+        if let Some(token) = token {
+            return Ok(job.repeatable(tenant_id, token, seconds(self.inner.config.reconnect_secs)));
+        }
+        // SDKs do not repeat a request whose stream has begun.
+        let Some(call) = repeat.sdk.as_ref().filter(|_| !is_streamed) else { return Ok(job) };
+        let token = self.inner.sdk_requests.token(tenant_id, job.content(), call, self.make_token()?);
+        Ok(job.repeatable(tenant_id, token, SDK_LINGER))
+    }
+
+    fn make_token(&self) -> Result<RetryToken, WireError> {
+        self.make_id()?.to_string().parse().map_err(|_| no_randomness())
+    }
+
     /// Submits a job to an orchestrator and returns its answer once the first piece has arrived.
     pub async fn submit(&self, admitted: AdmittedRequest, job: Job) -> Result<Answer, WireError> {
-        let job = admitted.identify(job);
-        let AdmittedRequest { grant, permit, mut record, rate: _ } = admitted;
+        let job = match self.identify(&admitted, job, true) {
+            Ok(job) => job,
+            Err(error) => return Err(admitted.refuse(error).error),
+        };
+        let AdmittedRequest { grant, permit, mut record, rate: _, repeat } = admitted;
         let opened = async {
             let builds = self.check_job(&grant, &job, &mut record).await?;
             let timeouts = self.timeouts(&record, &job);
@@ -249,7 +280,7 @@ impl Gateway {
             let request = self.request(&grant, &builds, job, timeouts, &record)?;
             let begun = self.inner.upstream.submit(&request, timeouts).await;
             let entries = builds.into_iter().map(|build| build.entry).collect();
-            Ok((begun.map_err(WireError::for_clients)?, entries, expected))
+            Ok((begun.map_err(|error| repeat.name_key(error.for_clients()))?, entries, expected))
         };
         match opened.await {
             Ok((begun, entries, expected)) => {
@@ -359,11 +390,8 @@ impl Gateway {
         record: &RequestRecord,
     ) -> Result<InferRequest, WireError> {
         let left = timeouts.deadline.saturating_duration_since(Instant::now());
-        let fingerprint = job.fingerprint();
-        let retry_token = match job.retry_token {
-            Some(token) => token,
-            None => self.make_id()?.to_string().parse().map_err(|_| no_randomness())?,
-        };
+        let fingerprint = job.retry_token.as_ref().map(|_| job.content());
+        let retry_token = job.retry_token.map_or_else(|| self.make_token(), Ok)?;
         let (first, others) = builds.split_first().ok_or_else(|| catalog::not_found(&job.model.to_string()))?;
         Ok(InferRequest {
             tenant_id: grant.tenant_id.clone(),
@@ -381,6 +409,7 @@ impl Gateway {
             progress: true,
             delivered: None,
             acknowledges: true,
+            linger_ms: job.linger.map(|linger| linger.as_millis() as u64),
         })
     }
 

@@ -15,6 +15,7 @@ mod input_tokens;
 mod job;
 mod models;
 mod openapi;
+mod repeats;
 mod request_body;
 mod reset_limit;
 mod router;

@@ -23,6 +23,7 @@ pub fn parse_infer(bytes: &[u8]) -> Result<Job, WireError> {
         correlation_id: submission.correlation_id,
         retry_token: submission.retry_token,
         trace_id: submission.trace_id,
+        linger: None,
         deadline: submission.deadline_ms.map(Duration::from_millis),
     })
 }

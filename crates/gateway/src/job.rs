@@ -20,24 +20,26 @@ pub struct Job {
     pub retry_token: Option<RetryToken>,
     /// The trace that the job belongs to; defaults to that of the request.
     pub trace_id: Option<TraceId>,
+    /// How long the job goes on without its client, who may then ask for the answer again. `None` if it cannot.
+    pub linger: Option<Duration>,
     /// How long the client waits for the answer to begin. The configured deadline is the default and the maximum.
     pub deadline: Option<Duration>,
 }
 
 impl Job {
-    /// Derives the id from the retry token if the client gave only that, so that a repeat has the same id.
+    /// Makes a job that can be asked for again for `linger` after its client is gone. Its id is derived from the token
+    /// if the client gave none, so that a repeat has the same id.
     #[must_use]
-    pub(crate) fn identified(mut self, tenant_id: &TenantId) -> Self {
-        if let (None, Some(token)) = (self.correlation_id, &self.retry_token) {
-            self.correlation_id = Some(CorrelationId::of_retry(tenant_id, token));
-        }
+    pub(crate) fn repeatable(mut self, tenant_id: &TenantId, token: RetryToken, linger: Duration) -> Self {
+        self.correlation_id.get_or_insert_with(|| CorrelationId::of_retry(tenant_id, &token));
+        self.linger = Some(linger);
+        self.retry_token = Some(token);
         self
     }
 
-    /// Returns a digest of what the client asks for, if it chose a retry token. The deadline and the trace differ from
-    /// repeat to repeat and do not count.
-    pub(crate) fn fingerprint(&self) -> Option<Digest> {
-        let asked = (self.model.to_string(), &self.input);
-        self.retry_token.as_ref().map(|_| Digest::of(&codec::encode(&asked)))
+    /// Returns a digest of what the client asks for. The deadline and the trace differ from repeat to repeat and do not
+    /// count.
+    pub(crate) fn content(&self) -> Digest {
+        Digest::of(&codec::encode(&(self.model.to_string(), &self.input)))
     }
 }

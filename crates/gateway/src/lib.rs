@@ -22,6 +22,7 @@ mod openai;
 mod origin_permits;
 mod prompt_size;
 mod published;
+mod repeats;
 mod request_context;
 mod request_record;
 mod rpc_gateway;

@@ -9,7 +9,7 @@ use rpc::rate_limit::Verdict;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use crate::job::Job;
+use crate::repeats::Repeat;
 use crate::request_record::RequestRecord;
 
 /// Where a request comes from.
@@ -52,6 +52,7 @@ pub struct AdmittedRequest {
     pub(crate) rate: Verdict,
     pub(crate) permit: OwnedSemaphorePermit,
     pub(crate) record: RequestRecord,
+    pub(crate) repeat: Repeat,
 }
 
 /// A refused request, with the verdict of its rate limit, if that was checked.
@@ -62,11 +63,6 @@ pub(crate) struct Refusal {
 }
 
 impl AdmittedRequest {
-    /// Gives a job of this request its id; see [`Job::identified`].
-    pub(crate) fn identify(&self, job: Job) -> Job {
-        job.identified(&self.grant.tenant_id)
-    }
-
     /// Ends the request with an error and records it.
     pub(crate) fn refuse(mut self, error: WireError) -> Refusal {
         self.record.failed(error.code);

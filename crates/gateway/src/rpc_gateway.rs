@@ -184,7 +184,11 @@ impl RpcGateway {
             Ok(read) => read,
             Err(error) => return Err(admitted.refuse(error).error),
         };
-        let job = admitted.identify(Job { deadline: sooner(job.deadline, deadline), ..job });
+        let job = Job { deadline: sooner(job.deadline, deadline), ..job };
+        let job = match gateway.identify(&admitted, job, !is_whole) {
+            Ok(job) => job,
+            Err(error) => return Err(admitted.refuse(error).error),
+        };
         let wording = match words {
             Words::Native => Wording::Native,
             Words::Vectors { model, encoding } => Wording::Vectors { model, encoding },

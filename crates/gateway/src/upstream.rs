@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::answer::{self, Begun};
+use crate::answer::{Begun, ChunkHead};
 
 /// Timeout of a unary call.
 const CALL: Duration = Duration::from_secs(2);
@@ -126,7 +126,7 @@ impl Upstream {
                         // run it.
                         let refused = matches!(error, CallError::Remote(_) | CallError::Unreachable { .. });
                         let error = WireError::from(error);
-                        if may_be_known && error.code == ErrorCode::IdempotencyInProgress {
+                        if may_be_known && is_own_repeat(request, error.code) {
                             return Err(lost());
                         }
                         may_be_known |= !refused;
@@ -152,12 +152,15 @@ impl Upstream {
     async fn begin(&self, peer: PublicKey, body: Bytes, options: StreamOptions) -> Result<Begun, CallError> {
         let mut stream = self.client.open_stream(peer, infer::SUBMIT, body, options).await?;
         stream.acknowledge_reads();
+        let mut origin = None;
         loop {
             let first = stream.next().await.transpose()?;
-            if !first.as_ref().is_some_and(|chunk| answer::is_progress(chunk)) {
+            let head = first.as_deref().map(ChunkHead::read).unwrap_or_default();
+            if head.progress.is_none() {
                 stream.lift_deadline();
-                return Ok(Begun { stream, first });
+                return Ok(Begun { stream, first, origin });
             }
+            origin = head.origin.or(origin);
         }
     }
 
@@ -205,8 +208,17 @@ fn has_no_room(code: ErrorCode) -> bool {
     matches!(code, ErrorCode::NoCapacity | ErrorCode::BreakerOpen)
 }
 
-/// Returns the error for a job whose orchestrator was lost while the job may still run there. It replaces
-/// `IdempotencyInProgress`: this gateway itself submitted the job twice, not the client.
+/// Returns whether an orchestrator refuses a job as a repeat of which the client knows nothing: this gateway itself
+/// submitted it twice.
+fn is_own_repeat(request: &InferRequest, code: ErrorCode) -> bool {
+    match code {
+        ErrorCode::IdempotencyInProgress => true,
+        ErrorCode::IdempotencyKeyReused => request.fingerprint.is_none(),
+        _ => false,
+    }
+}
+
+/// Returns the error for a job whose orchestrator was lost while the job may still run there.
 fn lost() -> WireError {
     WireError::new(ErrorCode::Unavailable, "the part of the network that had this job broke off, try again")
         .with_retry_after(Duration::from_secs(1))

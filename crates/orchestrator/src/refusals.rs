@@ -48,7 +48,7 @@ pub(crate) fn repeated(known: &JobRecord, fingerprint: &[u8; 32]) -> WireError {
         DurableState::Reserved => is_running(),
         DurableState::Settled(TerminalState::Dead) => crashes_engines(),
         DurableState::Settled(_) => {
-            let message = "the job of this retryToken has ended, and its answer is not kept; use a new token";
+            let message = "the job of this idempotency key has ended, and its answer is not kept; use a new key";
             WireError::new(ErrorCode::IdempotencyKeyReused, message).with_param("retryToken")
         }
     }
@@ -56,13 +56,13 @@ pub(crate) fn repeated(known: &JobRecord, fingerprint: &[u8; 32]) -> WireError {
 
 /// The error of a request under the key of another request.
 pub(crate) fn reused() -> WireError {
-    let message = "this retryToken was used for another request; give each request a token of its own";
+    let message = "this idempotency key was used for another request; give each request a key of its own";
     WireError::new(ErrorCode::IdempotencyKeyReused, message).with_param("retryToken")
 }
 
 /// The error of a repeat whose job runs where its answer cannot be read from the beginning.
 pub(crate) fn is_running() -> WireError {
-    let message = "a job of this retryToken is running, and is not run twice";
+    let message = "a job of this idempotency key is running, and is not run twice";
     WireError::new(ErrorCode::IdempotencyInProgress, message).with_retry_after(Duration::from_secs(1))
 }
 

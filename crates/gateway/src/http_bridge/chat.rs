@@ -7,6 +7,7 @@ use http::Response;
 use super::completions::generate;
 use super::errors::ApiError;
 use super::extract::Bridge;
+use super::repeats::RepeatHeaders;
 use crate::openai::Endpoint;
 use crate::openai::request::{self, ChatCompletionRequest};
 use crate::openai::response::whole::ChatCompletion;
@@ -14,6 +15,7 @@ use crate::openai::response::whole::ChatCompletion;
 /// Answers a conversation.
 #[utoipa::path(
     post, path = "/v1/chat/completions", tag = "openai", operation_id = "createChatCompletion", security(("bearer" = [])),
+    params(RepeatHeaders),
     request_body = ChatCompletionRequest,
     responses(
         (status = 200, description = "The answer, as server-sent events if `stream` is true", content(

@@ -8,6 +8,7 @@ use protocol::{ErrorCode, WireError};
 use super::errors::{self, ApiError};
 use super::extract::Bridge;
 use super::job::{self, AnswerFacts, Opening, ResponseHeaders};
+use super::repeats::RepeatHeaders;
 use crate::openai::Endpoint;
 use crate::openai::request::{self, CompletionRequest, Generation};
 use crate::openai::response::Heading;
@@ -17,6 +18,7 @@ use crate::openai::response::whole::{Completion, write_whole};
 /// Continues a text.
 #[utoipa::path(
     post, path = "/v1/completions", tag = "openai", operation_id = "createCompletion", security(("bearer" = [])),
+    params(RepeatHeaders),
     request_body = CompletionRequest,
     responses(
         (status = 200, description = "The answer, as server-sent events if `stream` is true", content(
@@ -41,13 +43,19 @@ pub(super) async fn generate(
         Err(response) => return response,
     };
     let Generation { job, model, stream, include_usage } = request.parsed;
-    let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
+    let (context, last_event_id) = (request.context, request.last_event_id);
+    let (admitted, job) = match job::identify(bridge, context, request.admitted, job, stream) {
+        Ok(identified) => identified,
+        Err(response) => return response,
+    };
+    let response_headers = ResponseHeaders::new(context, &job, request.rate);
     let now = bridge.gateway.clock().now();
     let heading =
         Heading { include_usage, ..Heading::new(endpoint, model, &job, response_headers.correlation_id(), now) };
-    let opening = job::open(bridge, request.admitted, job);
+    let opening = job::open(bridge, admitted, job);
     if stream {
-        return job::stream(bridge, opening, Sse::new(heading), "text/event-stream", response_headers).await;
+        let format = Sse::new(heading).after(last_event_id);
+        return job::stream(bridge, opening, format, "text/event-stream", response_headers).await;
     }
     match whole(opening, &heading).await {
         Ok((mut response, facts)) => {

@@ -25,6 +25,7 @@ use tracing::debug;
 use super::client_address::{client_address, is_proxy};
 use super::errors;
 use super::extract::{ArrivedAt, Bridge};
+use super::repeats::ConnectionEnd;
 use super::reset_limit::ResetLimit;
 use super::router;
 use super::timeouts::{Activity, ConnectionTimeouts, TrackedBody, Watched};
@@ -131,9 +132,12 @@ impl Shared {
     ) {
         let activity = Arc::new(Activity::begin());
         let excess = CancellationToken::new();
+        let end = CancellationToken::new();
+        let _ended = end.clone().drop_guard();
         let io = TokioIo::new(Watched::new(stream, activity.clone()));
         let service = hyper::service::service_fn(|mut request: Request<Incoming>| {
             request.extensions_mut().insert(arrived_at);
+            request.extensions_mut().insert(ConnectionEnd(end.clone()));
             let guard = activity.request(request.version() == Version::HTTP_2);
             let (shared, excess) = (self.clone(), excess.clone());
             async move {

@@ -8,12 +8,14 @@ use protocol::{ErrorCode, WireError};
 use super::errors::{self, ApiError};
 use super::extract::Bridge;
 use super::job::{self, AnswerFacts, Opening, ResponseHeaders};
+use super::repeats::RepeatHeaders;
 use crate::openai::request::{self, EmbeddingRequest, Encoding, Vectors};
 use crate::openai::response::vectors::{EmbeddingList, write_vectors};
 
 /// Creates an embedding vector for each text.
 #[utoipa::path(
     post, path = "/v1/embeddings", tag = "openai", operation_id = "createEmbedding", security(("bearer" = [])),
+    params(RepeatHeaders),
     request_body = EmbeddingRequest,
     responses(
         (status = 200, description = "The vectors, in the order of the texts", body = EmbeddingList),
@@ -26,8 +28,12 @@ pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Re
         Err(response) => return response,
     };
     let Vectors { job, model, encoding } = request.parsed;
+    let (admitted, job) = match job::identify(&bridge, request.context, request.admitted, job, false) {
+        Ok(identified) => identified,
+        Err(response) => return response,
+    };
     let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
-    match whole(job::open(&bridge, request.admitted, job), &model, encoding).await {
+    match whole(job::open(&bridge, admitted, job), &model, encoding).await {
         Ok((mut response, facts)) => {
             response_headers.add(&bridge, response.headers_mut(), Some(&facts));
             response

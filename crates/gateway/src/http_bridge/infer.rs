@@ -9,6 +9,7 @@ use protocol::WireError;
 use super::errors::ApiError;
 use super::extract::Bridge;
 use super::job::{self, ResponseHeaders};
+use super::repeats::RepeatHeaders;
 use crate::answer::{Answer, Piece, StreamFormat};
 use crate::infer_request::{native, parse_infer};
 use crate::openai::response::error;
@@ -17,6 +18,7 @@ use crate::published;
 /// Runs a job and streams its chunks, one JSON object per line.
 #[utoipa::path(
     post, path = "/infer", tag = "tether", operation_id = "infer", security(("bearer" = [])),
+    params(RepeatHeaders),
     request_body(content = published::InferSubmission, content_type = "application/json"),
     responses(
         (status = 200, description = "Chunks, the last with `done` true; an error after the first chunk is a line `{\"error\":{…}}`",
@@ -29,9 +31,12 @@ pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Re
         Ok(request) => request,
         Err(response) => return response,
     };
-    let job = request.admitted.identify(request.parsed);
+    let (admitted, job) = match job::identify(&bridge, request.context, request.admitted, request.parsed, true) {
+        Ok(identified) => identified,
+        Err(response) => return response,
+    };
     let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
-    let opening = job::open(&bridge, request.admitted, job);
+    let opening = job::open(&bridge, admitted, job);
     let opening = Box::pin(async move { opening.await.map_err(native) });
     job::stream(&bridge, opening, Lines, "application/x-ndjson", response_headers).await
 }

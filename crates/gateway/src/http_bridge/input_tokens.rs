@@ -38,8 +38,12 @@ pub(super) async fn count(State(bridge): State<Bridge>, request: Request) -> Res
     };
     let mut job = request.parsed.job;
     (job.input.count_only, job.input.n) = (true, None);
+    let (admitted, job) = match job::identify(&bridge, request.context, request.admitted, job, false) {
+        Ok(identified) => identified,
+        Err(response) => return response,
+    };
     let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
-    match whole(job::open(&bridge, request.admitted, job)).await {
+    match whole(job::open(&bridge, admitted, job)).await {
         Ok((mut response, facts)) => {
             response_headers.add(&bridge, response.headers_mut(), Some(&facts));
             response

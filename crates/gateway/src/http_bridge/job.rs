@@ -13,7 +13,7 @@ use tracing::debug;
 use super::answer_body::AnswerBody;
 use super::errors::{self, text};
 use super::extract::{Bridge, context, token};
-use super::request_body;
+use super::{repeats, request_body};
 use crate::answer::{Answer, StreamFormat};
 use crate::config::seconds;
 use crate::job::Job;
@@ -24,6 +24,8 @@ pub(super) struct ParsedRequest<T> {
     pub(super) context: RequestContext,
     pub(super) rate: Verdict,
     pub(super) admitted: AdmittedRequest,
+    /// The last event of the stream that its client has.
+    pub(super) last_event_id: Option<u64>,
     /// The parsed body.
     pub(super) parsed: T,
 }
@@ -51,19 +53,38 @@ pub(super) async fn ask<T>(
     };
     let config = bridge.gateway.config();
     let read = async {
+        let repeat = repeats::read(&parts.headers, &parts.extensions)?;
         request_body::check_head(&parts.headers, config.body_bytes_max)?;
         let idle = seconds(config.body_idle_secs);
         let bytes = request_body::read(&mut body, config.body_bytes_max, idle).await?;
-        parse(&bytes)
+        Ok((parse(&bytes)?, repeats::last_event_id(&parts.headers)?, repeat))
     };
     let rate = admitted.rate;
     match read.await {
-        Ok(parsed) => Ok(ParsedRequest { context, rate, admitted, parsed }),
+        Ok((parsed, last_event_id, repeat)) => {
+            let admitted = AdmittedRequest { repeat, ..admitted };
+            Ok(ParsedRequest { context, rate, admitted, last_event_id, parsed })
+        }
         Err(error) => {
+            let error: WireError = error;
             let refusal = admitted.refuse(error);
             request_body::discard(body, &parts.headers).await;
             Err(refused(&refusal, context.correlation_id))
         }
+    }
+}
+
+/// Gives a job its id and token. Otherwise returns the error response.
+pub(super) fn identify(
+    bridge: &Bridge,
+    context: RequestContext,
+    admitted: AdmittedRequest,
+    job: Job,
+    is_streamed: bool,
+) -> Result<(AdmittedRequest, Job), Response<Body>> {
+    match bridge.gateway.identify(&admitted, job, is_streamed) {
+        Ok(job) => Ok((admitted, job)),
+        Err(error) => Err(refused(&admitted.refuse(error), context.correlation_id)),
     }
 }
 
@@ -114,6 +135,7 @@ pub(super) struct ResponseHeaders {
 pub(super) struct AnswerFacts {
     attempt: u32,
     continued: u32,
+    is_replayed: bool,
     model: String,
     digest: String,
 }
@@ -122,7 +144,8 @@ impl AnswerFacts {
     pub(super) fn of(answer: &Answer) -> Self {
         let model = answer.model();
         let (attempt, continued) = (answer.attempt(), answer.continued());
-        Self { attempt, continued, model: model.key.to_string(), digest: model.digest.to_string() }
+        let is_replayed = answer.origin().is_some_and(|origin| origin.replayed);
+        Self { attempt, continued, is_replayed, model: model.key.to_string(), digest: model.digest.to_string() }
     }
 }
 
@@ -149,6 +172,9 @@ impl ResponseHeaders {
             headers.insert(HeaderName::from_static("x-tether-attempts"), HeaderValue::from(answer.attempt));
             if answer.continued > 0 {
                 headers.insert(HeaderName::from_static("x-tether-continued"), HeaderValue::from(answer.continued));
+            }
+            if answer.is_replayed {
+                headers.insert(HeaderName::from_static("idempotency-replayed"), HeaderValue::from_static("true"));
             }
             headers.insert(HeaderName::from_static("x-tether-model"), text(&answer.model));
             headers.insert(HeaderName::from_static("x-tether-model-digest"), text(&answer.digest));

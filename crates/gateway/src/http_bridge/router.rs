@@ -19,7 +19,7 @@ use super::extract::{Bridge, Inquiry, context};
 use super::{GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, models, openapi};
 
 /// The response headers that pages of other origins may read.
-const EXPOSED: [&str; 15] = [
+const EXPOSED: [&str; 16] = [
     "x-request-id",
     "openai-processing-ms",
     "x-ratelimit-limit-requests",
@@ -28,6 +28,7 @@ const EXPOSED: [&str; 15] = [
     "retry-after",
     "retry-after-ms",
     "x-should-retry",
+    "idempotency-replayed",
     "x-tether-region",
     "x-tether-attempts",
     "x-tether-continued",

@@ -54,7 +54,16 @@ pub fn parse_completion(bytes: &[u8]) -> Result<Generation, WireError> {
 
 /// Creates a job. OpenAI clients cannot set its other fields.
 fn job(model: ModelRef, input: Input) -> Job {
-    Job { model, input, tenant_id: None, correlation_id: None, retry_token: None, trace_id: None, deadline: None }
+    Job {
+        model,
+        input,
+        tenant_id: None,
+        correlation_id: None,
+        retry_token: None,
+        trace_id: None,
+        linger: None,
+        deadline: None,
+    }
 }
 
 #[cfg(test)]

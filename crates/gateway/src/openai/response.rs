@@ -49,6 +49,11 @@ impl Heading {
             include_usage: false,
         }
     }
+
+    /// Returns when the answer was created. A replayed one is as old as the first.
+    fn created(&self, answer: &Answer) -> u64 {
+        answer.origin().map_or(self.created, |origin| origin.created_at.0 / 1000)
+    }
 }
 
 /// Token usage of an answer.

@@ -14,7 +14,7 @@ use protocol::control::{
 };
 use protocol::health::{CachedModel, Capacity, HealthReport, ModelState};
 use protocol::infer::{
-    EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Payload, Progress, SUBMIT, TokenLogprob,
+    EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Origin, Payload, Progress, SUBMIT, TokenLogprob,
     ToolCallDelta,
 };
 use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
@@ -333,6 +333,14 @@ impl Fake {
                     tokio::time::sleep(Duration::from_mins(1)).await;
                 }
                 reply.send(&codec::encode(&last(60))).await?;
+            }
+            // Sends again what it kept.
+            "replayed" => {
+                let origin = Some(Origin { created_at: UnixMillis(1_700_000_000_000), replayed: true });
+                let (progress, payload) = (Some(Progress::default()), Payload::default());
+                reply.send(&codec::encode(&InferChunk { progress, payload, origin, ..chunk(0, "") })).await?;
+                reply.send(&codec::encode(&chunk(0, "again"))).await?;
+                reply.send(&codec::encode(&last(1))).await?;
             }
             // Sends progress once and then nothing, until the caller goes.
             "stuck" => {

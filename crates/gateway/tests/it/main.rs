@@ -9,6 +9,7 @@ mod fake;
 mod framing;
 mod membership;
 mod refusals;
+mod repeats;
 mod rpc_clients;
 mod surface;
 mod tls;

@@ -20,6 +20,8 @@ pub(crate) struct Sse {
     /// The JSON that every chunk begins with, up to its choices, serialized once.
     head: Vec<u8>,
     choices: Vec<ChoiceState>,
+    /// The last event that the client has.
+    after: Option<u64>,
 }
 
 /// The state of one of several answers.
@@ -36,12 +38,17 @@ impl Sse {
         let position = |chars: &usize| TextPosition::of(*chars, heading.echo);
         let choices =
             heading.prompt_chars.iter().map(|chars| ChoiceState { role: false, position: position(chars) }).collect();
-        Self { heading, head: vec![], choices }
+        Self { heading, head: vec![], choices, after: None }
     }
 
-    fn set_head(&mut self, fingerprint: &str) {
-        let Heading { endpoint, id, created, model, .. } = &self.heading;
-        let (created, object) = (*created, endpoint.streamed_object());
+    /// Leaves out the events up to one that the client has.
+    pub(crate) fn after(self, event: Option<u64>) -> Self {
+        Self { after: event, ..self }
+    }
+
+    fn set_head(&mut self, created: u64, fingerprint: &str) {
+        let Heading { endpoint, id, model, .. } = &self.heading;
+        let object = endpoint.streamed_object();
         let head = Head { id, object, created, model, system_fingerprint: fingerprint };
         self.head = json(&head);
         self.head.pop();
@@ -89,11 +96,16 @@ impl Sse {
 
 impl StreamFormat for Sse {
     fn begin(&mut self, answer: &Answer) {
-        self.set_head(&fingerprint(answer));
+        self.set_head(self.heading.created(answer), &fingerprint(answer));
     }
 
     fn piece(&mut self, piece: &Piece, out: &mut BytesMut) {
+        let before = out.len();
         self.content(piece, out);
+        if self.after.is_some_and(|after| piece.seq <= after) {
+            // The client has this event. Writing it has moved on what the later ones depend on.
+            out.truncate(before);
+        }
         if let Some(end) = piece.end {
             if self.heading.include_usage {
                 self.usage(end.usage, piece.content.continued, out);

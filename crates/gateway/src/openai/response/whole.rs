@@ -104,8 +104,8 @@ impl<'a> TextChoice<'a> {
 /// Serializes a whole answer as `OpenAI` does.
 pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> serde_json::Result<Box<RawValue>> {
     let choices = (0..).zip(&whole.choices);
-    let Heading { endpoint, id, created, model, .. } = heading;
-    let (created, system_fingerprint, usage) = (*created, &*fingerprint(answer), whole.usage.into());
+    let Heading { endpoint, id, model, .. } = heading;
+    let (created, system_fingerprint, usage) = (heading.created(answer), &*fingerprint(answer), whole.usage.into());
     match endpoint {
         Endpoint::Chat => {
             let (object, choices) = ("chat.completion", choices.map(ChatChoice::of).collect());

@@ -20,7 +20,7 @@ fn of_several(endpoint: Endpoint, choices: usize, include_usage: bool) -> Sse {
         echo: false,
         include_usage,
     });
-    sse.set_head("fp_abc");
+    sse.set_head(7, "fp_abc");
     sse
 }
 
@@ -54,6 +54,17 @@ fn a_chat_answer_is_written_as_openai_writes_it() {
          data: [DONE]\n\n"
     );
     assert_eq!(written(&mut sse(Endpoint::Chat, false), &pieces), expected);
+}
+
+#[test]
+fn a_resumed_stream_has_the_events_after_the_last_one_that_its_client_has() {
+    let pieces = [piece(0, "He", None), piece(1, "", None), piece(2, "llo", None), piece(3, "", Some(END))];
+    let whole = written(&mut sse(Endpoint::Chat, true), &pieces);
+    let events: Vec<&str> = whole.split_inclusive("\n\n").collect();
+    for (last, missing) in [(0, 1), (1, 1), (2, 2), (3, 3), (9, 3)] {
+        let rest = written(&mut sse(Endpoint::Chat, true).after(Some(last)), &pieces);
+        assert_eq!(rest, events[missing..].concat(), "after {last}");
+    }
 }
 
 #[test]

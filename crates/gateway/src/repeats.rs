@@ -1,0 +1,139 @@
+//! Tells which requests repeat an earlier one: by a key of the client, or because an official SDK tries again.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use protocol::{Digest, ErrorCode, RetryToken, TenantId, WireError};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// How long a job goes on for an SDK whose connection was lost. Official SDKs wait for at most 8 s between tries.
+pub(crate) const SDK_LINGER: Duration = Duration::from_secs(10);
+/// How long a request of an SDK is remembered. By default, SDKs wait for an answer for as long.
+const REMEMBERED: Duration = Duration::from_mins(10);
+/// The most requests of SDKs that are remembered.
+const REMEMBERED_MAX: usize = 4096;
+
+/// What a request says of repeats.
+#[derive(Debug, Default)]
+pub(crate) struct Repeat {
+    /// The retry token that stands for the client's `Idempotency-Key`.
+    pub(crate) key: Option<RetryToken>,
+    /// An official SDK sent it, and repeats it if it gets no answer.
+    pub(crate) sdk: Option<SdkCall>,
+}
+
+impl Repeat {
+    /// Names the header in an error about its key.
+    pub(crate) fn name_key(&self, mut error: WireError) -> WireError {
+        if error.code == ErrorCode::IdempotencyKeyReused && self.key.is_some() {
+            error.param = Some("Idempotency-Key".to_owned());
+        }
+        error
+    }
+}
+
+/// A request of an official SDK.
+#[derive(Debug)]
+pub(crate) struct SdkCall {
+    /// Whether the SDK says that it tries again.
+    pub(crate) is_retry: bool,
+    /// Cancelled when its connection has ended.
+    pub(crate) connection: CancellationToken,
+}
+
+/// The last requests of SDKs, so that their retries are recognised: of the same tenant, with the same content, and only
+/// after the first one's connection is gone. Equal requests beside each other are not retries.
+#[derive(Default)]
+pub(crate) struct SdkRequests {
+    requests: Mutex<VecDeque<Remembered>>,
+}
+
+struct Remembered {
+    tenant_id: TenantId,
+    content: Digest,
+    token: RetryToken,
+    connection: CancellationToken,
+    until: Instant,
+}
+
+impl SdkRequests {
+    /// Remembers a request and returns its token: that of the request it repeats, or else `new`.
+    pub(crate) fn token(&self, tenant_id: &TenantId, content: Digest, call: &SdkCall, new: RetryToken) -> RetryToken {
+        let now = Instant::now();
+        let mut requests = self.requests.lock();
+        while requests.front().is_some_and(|oldest| oldest.until <= now || requests.len() >= REMEMBERED_MAX) {
+            requests.pop_front();
+        }
+        let is_first = |known: &Remembered| {
+            known.connection.is_cancelled() && known.content == content && known.tenant_id == *tenant_id
+        };
+        let first = call.is_retry.then(|| requests.iter().position(is_first)).flatten();
+        let token = first.and_then(|first| requests.remove(first)).map_or(new, |first| first.token);
+        requests.push_back(Remembered {
+            tenant_id: tenant_id.clone(),
+            content,
+            token: token.clone(),
+            connection: call.connection.clone(),
+            until: now + REMEMBERED,
+        });
+        token
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Scene {
+        requests: SdkRequests,
+        sent: u32,
+    }
+
+    impl Scene {
+        fn send(&mut self, tenant: &str, content: &str, call: &SdkCall) -> String {
+            self.sent += 1;
+            let (tenant, new) = (tenant.parse().expect("tenant"), self.sent.to_string().parse().expect("token"));
+            self.requests.token(&tenant, Digest::of(content.as_bytes()), call, new).as_str().to_owned()
+        }
+    }
+
+    fn call(is_retry: bool) -> SdkCall {
+        SdkCall { is_retry, connection: CancellationToken::new() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_retry_is_recognised_once_the_first_connection_is_gone() {
+        let mut scene = Scene { requests: SdkRequests::default(), sent: 0 };
+        let (first, other) = (call(false), call(false));
+        assert_eq!(scene.send("acme", "x", &first), "1");
+        assert_eq!(scene.send("acme", "x", &call(true)), "2", "the first connection is there");
+        assert_eq!(scene.send("acme", "y", &other), "3");
+        first.connection.cancel();
+        other.connection.cancel();
+        assert_eq!(scene.send("acme", "x", &call(false)), "4", "it says that it is no retry");
+        assert_eq!(scene.send("evil", "x", &call(true)), "5", "another tenant");
+        let second = call(true);
+        assert_eq!(scene.send("acme", "x", &second), "1");
+        assert_eq!(scene.send("acme", "x", &call(true)), "7", "one retry of each request at a time");
+        second.connection.cancel();
+        assert_eq!(scene.send("acme", "x", &call(true)), "1", "the second retry");
+        assert_eq!(scene.send("acme", "y", &call(true)), "3");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn few_requests_are_remembered_and_not_for_long() {
+        let mut scene = Scene { requests: SdkRequests::default(), sent: 0 };
+        let gone = call(false);
+        gone.connection.cancel();
+        for _ in 0..2 * REMEMBERED_MAX {
+            scene.send("acme", "x", &gone);
+        }
+        assert_eq!(scene.requests.requests.lock().len(), REMEMBERED_MAX);
+        tokio::time::advance(REMEMBERED).await;
+        let sent = scene.sent + 1;
+        assert_eq!(scene.send("acme", "x", &call(true)), sent.to_string());
+        assert_eq!(scene.requests.requests.lock().len(), 1);
+    }
+}

@@ -1,0 +1,170 @@
+//! Which requests count as repeats of others, and what their clients are told.
+
+use std::time::Duration;
+
+use protocol::infer::InferRequest;
+use reqwest::header::HeaderMap;
+use serde_json::{Value, json};
+
+use crate::{Network, chat_body, expect_error, fake};
+
+const CHAT: &str = "/v1/chat/completions";
+
+impl Network {
+    /// Sends a chat request under a key. Returns its job, its headers and its answer.
+    async fn keyed(&self, key: u8, idempotency_key: &str, body: &Value) -> (InferRequest, HeaderMap, Value) {
+        let request = self.request(reqwest::Method::POST, CHAT).bearer_auth(fake::token(key)).json(body);
+        let response = request.header("idempotency-key", idempotency_key).send().await.expect("answered");
+        assert_eq!(response.status(), 200);
+        let (headers, body) = (response.headers().clone(), response.json().await.expect("JSON"));
+        (self.last_job(), headers, body)
+    }
+
+    fn last_job(&self) -> InferRequest {
+        self.fake.jobs.lock().last().cloned().expect("a job")
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_under_one_idempotency_key_are_one_job() {
+    let network = Network::start().await;
+    let (job, headers, body) = network.keyed(1, "order 17", &chat_body("hi")).await;
+    let (repeat, again, _) = network.keyed(1, "order 17", &chat_body("hi")).await;
+    let key = |job: &InferRequest| (job.correlation_id, job.retry_token.clone(), job.fingerprint);
+    assert_eq!(key(&job), key(&repeat));
+    assert_eq!(headers["x-request-id"], again["x-request-id"]);
+    assert_eq!(headers["x-request-id"], job.correlation_id.to_string().as_str());
+    assert_eq!(body["id"], format!("chatcmpl-{}", job.correlation_id.0.simple()));
+    assert_eq!(job.linger_ms, Some(30_000));
+    assert!(!job.retry_token.as_str().contains("order"), "the key stays here: {}", job.retry_token);
+    let (other, ..) = network.keyed(1, "order 17", &chat_body("ho")).await;
+    assert_eq!((other.correlation_id, &other.retry_token), (job.correlation_id, &job.retry_token));
+    assert_ne!(other.fingerprint, job.fingerprint, "another request");
+    assert_ne!(network.keyed(1, "order 18", &chat_body("hi")).await.0.retry_token, job.retry_token);
+    assert_ne!(network.keyed(2, "order 17", &chat_body("hi")).await.0.correlation_id, job.correlation_id);
+    network.chat("hi").await;
+    let without = network.last_job();
+    assert_eq!((without.fingerprint, without.linger_ms), (None, None));
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_endpoint_takes_the_key() {
+    let network = Network::start().await;
+    let mut lengths = vec![];
+    for (path, body) in [
+        (CHAT, chat_body("hi")),
+        ("/v1/completions", json!({"model": "tiny", "prompt": "hi"})),
+        ("/v1/embeddings", json!({"model": "tiny", "input": "one"})),
+        ("/infer", json!({"modelId": "tiny", "input": "hi"})),
+    ] {
+        let response = network.post(path, &body).header("idempotency-key", "k").send().await.expect("answered");
+        let id = response.headers()["x-request-id"].to_str().expect("text").to_owned();
+        response.bytes().await.expect("a body");
+        let job = network.last_job();
+        assert_eq!((id, job.linger_ms), (job.correlation_id.to_string(), Some(30_000)), "{path}");
+        lengths.push(network.fake.jobs.lock().len());
+    }
+    assert!(lengths.is_sorted_by(|first, second| first < second), "{lengths:?}");
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replayed_answer_says_so_and_is_as_old_as_the_first() {
+    let network = Network::start().await;
+    let (_, headers, body) = network.keyed(1, "k", &chat_body("replayed")).await;
+    assert_eq!(
+        (&headers["idempotency-replayed"], &body["created"]),
+        (&"true".parse().expect("a value"), &json!(1_700_000_000))
+    );
+    let (_, headers, _) = network.keyed(1, "k", &chat_body("hi")).await;
+    assert!(!headers.contains_key("idempotency-replayed"));
+    let body = json!({"stream": true, "model": "tiny", "messages": [{"role": "user", "content": "replayed"}]});
+    let response = network.post(CHAT, &body).header("idempotency-key", "k").send().await.expect("answered");
+    assert_eq!(response.headers()["idempotency-replayed"], "true");
+    assert!(response.text().await.expect("text").contains("\"created\":1700000000"));
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_is_resumed_after_the_last_event_of_its_client() {
+    let network = Network::start().await;
+    let mut body = chat_body("hi");
+    body["stream"] = json!(true);
+    let send = async |last: Option<&str>| {
+        let request = network.post(CHAT, &body).header("idempotency-key", "k");
+        let request = match last {
+            Some(last) => request.header("last-event-id", last),
+            None => request,
+        };
+        request.send().await.expect("answered").text().await.expect("text")
+    };
+    let whole = send(None).await;
+    let ids: Vec<&str> = whole.lines().filter_map(|line| line.strip_prefix("id: ")).collect();
+    assert!(ids.len() >= 3, "{whole}");
+    let rest = send(Some(ids[0])).await;
+    let content = |text: &str| text.lines().filter(|line| line.starts_with("data: {")).count();
+    assert_eq!(content(&rest) + 1, content(&whole));
+    assert!(whole.ends_with(&rest.split_once("\"choices\"").expect("a chunk").1), "{rest}");
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_that_make_no_sense_are_refused_and_no_job_runs() {
+    let network = Network::start().await;
+    let chat = |pairs: &[(&str, &str)]| {
+        let request = network.post(CHAT, &chat_body("hi"));
+        pairs.iter().fold(request, |request, (name, value)| request.header(*name, *value)).send()
+    };
+    let long = "x".repeat(256);
+    for (pairs, param) in [
+        (&[("idempotency-key", "")][..], "Idempotency-Key"),
+        (&[("idempotency-key", &long)], "Idempotency-Key"),
+        (&[("last-event-id", "3")], "Last-Event-ID"),
+        (&[("idempotency-key", "k"), ("last-event-id", "three")], "Last-Event-ID"),
+    ] {
+        expect_error(chat(pairs).await.expect("answered"), 400, "invalid_value", Some(param)).await;
+    }
+    let both = network.post("/infer", &json!({"modelId": "tiny", "input": "hi", "retryToken": "t"}));
+    let both = both.header("idempotency-key", "k").send().await.expect("answered");
+    expect_error(both, 400, "invalid_value", Some("retryToken")).await;
+    assert!(network.fake.jobs.lock().is_empty());
+    let reused = chat_body("refuse idempotency_key_reused");
+    let reused = network.post(CHAT, &reused).header("idempotency-key", "k").send().await.expect("answered");
+    expect_error(reused, 422, "idempotency_key_reused", Some("Idempotency-Key")).await;
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_of_an_sdk_whose_connection_is_gone_is_the_same_job() {
+    let network = Network::start().await;
+    let send = |prompt: &str, count: u32, stream: bool| {
+        let mut body = chat_body(prompt);
+        body["stream"] = json!(stream);
+        // Each with a connection of its own.
+        let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+        let request = client.post(format!("http://{}{CHAT}", network.address)).bearer_auth(fake::token(1));
+        tokio::spawn(request.header("x-stainless-retry-count", count).json(&body).send())
+    };
+    let first = send("queued", 0, false);
+    network.fake.arrived.notified().await;
+    let job = network.last_job();
+    assert_eq!(job.linger_ms, Some(10_000));
+    let beside = send("queued", 1, false);
+    network.fake.arrived.notified().await;
+    assert_ne!(network.last_job().retry_token, job.retry_token, "the first connection is there");
+    first.abort();
+    network.fake.cancelled.notified().await;
+    let second = send("queued", 1, false);
+    network.fake.arrived.notified().await;
+    let repeat = network.last_job();
+    assert_eq!((&repeat.retry_token, repeat.correlation_id), (&job.retry_token, job.correlation_id));
+    let stream = send("queued", 1, true);
+    network.fake.arrived.notified().await;
+    assert_eq!(network.last_job().linger_ms, None, "SDKs do not repeat what has begun to stream");
+    for call in [beside, second, stream] {
+        call.abort();
+    }
+    tokio::time::timeout(Duration::from_secs(5), network.fake.cancelled.notified()).await.expect("cancelled");
+    network.end().await;
+}
