@@ -42,12 +42,12 @@ class Network:
     url: str
     key: str
 
-    def call(self, method, path, body=None, headers=JSON, key=None):
+    def call(self, method, path, body=None, headers=JSON, key=None, timeout=60):
         """Sends exactly this request, without the additions and corrections of an SDK. An empty key sends no header."""
         key = self.key if key is None else key
         headers = headers | ({"Authorization": f"Bearer {key}"} if key else {})
         body = json.dumps(body) if isinstance(body, dict) else body
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout)
         try:
             connection.request(method, path, body, headers)
             response = connection.getresponse()

@@ -150,11 +150,14 @@ impl Answer {
         begun: Begun,
         entries: Vec<Arc<ModelEntry>>,
         expected: Expected,
-        record: RequestRecord,
+        mut record: RequestRecord,
         tracker: TaskTracker,
         permit: OwnedSemaphorePermit,
     ) -> Result<Self, WireError> {
         let Begun { stream, first, origin } = begun;
+        if origin.is_some_and(|origin| origin.replayed) {
+            record.replays();
+        }
         let correlation_id = record.correlation_id;
         let mut answer = Self {
             correlation_id,

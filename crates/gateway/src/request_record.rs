@@ -27,6 +27,8 @@ pub(crate) struct RequestRecord {
     first_piece: Option<Duration>,
     last_piece: Option<Instant>,
     inter_token_latency: Option<Histogram>,
+    /// Whether a kept answer is sent again. It uses no tokens, and its speed says nothing of the network.
+    is_replay: bool,
     /// Tokens used so far, also for answers that were cancelled or broke off.
     usage: TokenUsage,
 }
@@ -45,8 +47,13 @@ impl RequestRecord {
             first_piece: None,
             last_piece: None,
             inter_token_latency: None,
+            is_replay: false,
             usage: TokenUsage::default(),
         }
+    }
+
+    pub(crate) fn replays(&mut self) {
+        self.is_replay = true;
     }
 
     pub(crate) fn started(&self) -> Instant {
@@ -63,16 +70,23 @@ impl RequestRecord {
 
     /// Records a piece's usage, except for the completion tokens, which are counted as they arrive.
     pub(crate) fn prompt(&mut self, usage: TokenUsage) {
-        self.usage = TokenUsage { completion_tokens: self.usage.completion_tokens, ..usage };
+        if !self.is_replay {
+            self.usage = TokenUsage { completion_tokens: self.usage.completion_tokens, ..usage };
+        }
     }
 
     /// Records the arrival of `count` tokens.
     pub(crate) fn tokens(&mut self, count: u32) {
-        self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(count);
+        if !self.is_replay {
+            self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(count);
+        }
     }
 
     /// Records the arrival of content, for the latency metrics.
     pub(crate) fn piece(&mut self) {
+        if self.is_replay {
+            return;
+        }
         let now = Instant::now();
         match self.last_piece.replace(now) {
             None => {
@@ -92,9 +106,13 @@ impl RequestRecord {
     }
 
     pub(crate) fn completed(&mut self, reason: FinishReason, usage: TokenUsage) {
-        self.outcome = "completed";
         self.finish_reason = reason.as_str();
-        self.usage = usage;
+        if self.is_replay {
+            self.outcome = "replayed";
+        } else {
+            self.outcome = "completed";
+            self.usage = usage;
+        }
     }
 
     pub(crate) fn failed(&mut self, code: ErrorCode) {
@@ -142,7 +160,9 @@ impl Drop for RequestRecord {
         );
         let label = RequestLabel { model, outcome: self.outcome, finish_reason: self.finish_reason };
         self.metrics.requests.get_or_create(&label).inc();
-        self.metrics.request_duration.get_or_create(&ModelLabel { model: label.model }).observe(took.as_secs_f64());
+        if !self.is_replay {
+            self.metrics.request_duration.get_or_create(&ModelLabel { model: label.model }).observe(took.as_secs_f64());
+        }
     }
 }
 
@@ -173,6 +193,16 @@ mod tests {
         let whole = TokenUsage { prompt_tokens: 7, completion_tokens: 4, cached_tokens: 3, reasoning_tokens: 0 };
         record.completed(FinishReason::Stop, whole);
         assert_eq!((record.usage, record.outcome), (whole, "completed"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_is_sent_again_uses_no_tokens() {
+        let mut record = record();
+        record.replays();
+        record.tokens(2);
+        record.piece();
+        record.completed(FinishReason::Stop, TokenUsage { prompt_tokens: 7, ..TokenUsage::default() });
+        assert_eq!((record.usage, record.outcome, record.first_piece), (TokenUsage::default(), "replayed", None));
     }
 
     #[test]

@@ -149,7 +149,7 @@ async fn a_retry_of_an_sdk_whose_connection_is_gone_is_the_same_job() {
     let first = send("queued", 0, false);
     network.fake.arrived.notified().await;
     let job = network.last_job();
-    assert_eq!(job.linger_ms, Some(10_000));
+    assert_eq!(job.linger_ms, Some(2_000));
     let beside = send("queued", 1, false);
     network.fake.arrived.notified().await;
     assert_ne!(network.last_job().retry_token, job.retry_token, "the first connection is there");
