@@ -63,8 +63,8 @@ pub struct Config {
     /// Seconds for which an answer may be silent before it is abandoned. A job is not silent while it is queued or its
     /// prompt is evaluated.
     pub stall_timeout_secs: u64,
-    /// Seconds for which a job with an idempotency key goes on when its client has disconnected. A client that asks again
-    /// gets the same answer. At most 300.
+    /// Seconds for which a job with an idempotency key goes on when its client has disconnected. A client that asks
+    /// again gets the same answer. At most 300.
     pub reconnect_secs: u64,
     /// Seconds for which a token's check is cached. A revoked token works this much longer. At most 5.
     pub token_cache_secs: u64,

@@ -1,4 +1,4 @@
-//! Tells which requests repeat an earlier one: by a key of the client, or because an official SDK tries again.
+//! Finds the requests that repeat an earlier one: by a key of the client, or because an official SDK tries again.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -8,7 +8,8 @@ use protocol::{Digest, ErrorCode, RetryToken, TenantId, WireError};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// How long a job goes on for an SDK whose connection was lost. By default, official SDKs wait for up to 1 s before a try.
+/// How long a job goes on for an SDK whose connection was lost. By default, official SDKs wait for up to 1 s before a
+/// try.
 pub(crate) const SDK_LINGER: Duration = Duration::from_secs(2);
 /// How long a request of an SDK is remembered. By default, SDKs wait for an answer for as long.
 const REMEMBERED: Duration = Duration::from_mins(10);

@@ -561,7 +561,8 @@ impl Orchestrator {
         let mut delivery = Delivery::new(call, stall, request.acknowledges);
         let journey = Journey::new(request.clone(), fingerprint, deadline);
         if let Some(linger) = request.linger_ms {
-            return self.take_repeatable(&request, Duration::from_millis(linger), journey, delivery).await;
+            let linger = Duration::from_millis(linger);
+            return Box::pin(self.take_repeatable(&request, linger, journey, delivery)).await;
         }
         match self.submit(journey, &mut delivery).await {
             Ok(()) => delivery.finish().await,

@@ -205,8 +205,8 @@ pub struct InferChunk {
     /// Progress of a job that is running or queued. A chunk with it has no other content.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
-    /// Where the answer comes from, if its client may submit the request again. It is in a chunk with `progress`, before
-    /// the first part of the answer.
+    /// Where the answer comes from, if its client may submit the request again. It is in a chunk with `progress`,
+    /// before the first part of the answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<Origin>,
 }

@@ -82,6 +82,7 @@ pub(crate) async fn two_commits(store: &dyn JobStore, number: u128) -> (Duration
     store.reserve(job).await.unwrap();
     let reserved = began.elapsed();
     let settlement = Settlement {
+        answer: None,
         key,
         attempt: 1,
         worker_id,

@@ -46,7 +46,7 @@ pub(super) async fn generate(
     let (context, last_event_id) = (request.context, request.last_event_id);
     let (admitted, job) = match job::identify(bridge, context, request.admitted, job, stream) {
         Ok(identified) => identified,
-        Err(response) => return response,
+        Err(response) => return *response,
     };
     let response_headers = ResponseHeaders::new(context, &job, request.rate);
     let now = bridge.gateway.clock().now();

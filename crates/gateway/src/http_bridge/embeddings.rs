@@ -30,7 +30,7 @@ pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Re
     let Vectors { job, model, encoding } = request.parsed;
     let (admitted, job) = match job::identify(&bridge, request.context, request.admitted, job, false) {
         Ok(identified) => identified,
-        Err(response) => return response,
+        Err(response) => return *response,
     };
     let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
     match whole(job::open(&bridge, admitted, job), &model, encoding).await {

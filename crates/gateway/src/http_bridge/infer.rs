@@ -33,7 +33,7 @@ pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Re
     };
     let (admitted, job) = match job::identify(&bridge, request.context, request.admitted, request.parsed, true) {
         Ok(identified) => identified,
-        Err(response) => return response,
+        Err(response) => return *response,
     };
     let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
     let opening = job::open(&bridge, admitted, job);

@@ -40,7 +40,7 @@ pub(super) async fn count(State(bridge): State<Bridge>, request: Request) -> Res
     (job.input.count_only, job.input.n) = (true, None);
     let (admitted, job) = match job::identify(&bridge, request.context, request.admitted, job, false) {
         Ok(identified) => identified,
-        Err(response) => return response,
+        Err(response) => return *response,
     };
     let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
     match whole(job::open(&bridge, admitted, job)).await {

@@ -81,10 +81,10 @@ pub(super) fn identify(
     admitted: AdmittedRequest,
     job: Job,
     is_streamed: bool,
-) -> Result<(AdmittedRequest, Job), Response<Body>> {
+) -> Result<(AdmittedRequest, Job), Box<Response<Body>>> {
     match bridge.gateway.identify(&admitted, job, is_streamed) {
         Ok(job) => Ok((admitted, job)),
-        Err(error) => Err(refused(&admitted.refuse(error), context.correlation_id)),
+        Err(error) => Err(Box::new(refused(&admitted.refuse(error), context.correlation_id))),
     }
 }
 

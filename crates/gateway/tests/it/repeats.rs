@@ -5,6 +5,7 @@ use std::time::Duration;
 use protocol::infer::InferRequest;
 use reqwest::header::HeaderMap;
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 
 use crate::{Network, chat_body, expect_error, fake};
 
@@ -138,33 +139,32 @@ async fn headers_that_make_no_sense_are_refused_and_no_job_runs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_retry_of_an_sdk_whose_connection_is_gone_is_the_same_job() {
     let network = Network::start().await;
-    let send = |prompt: &str, count: u32, stream: bool| {
+    let mut calls = JoinSet::new();
+    let mut send = |prompt: &str, count: u32, stream: bool| {
         let mut body = chat_body(prompt);
         body["stream"] = json!(stream);
         // Each with a connection of its own.
         let client = reqwest::Client::builder().no_proxy().build().expect("a client");
         let request = client.post(format!("http://{}{CHAT}", network.address)).bearer_auth(fake::token(1));
-        tokio::spawn(request.header("x-stainless-retry-count", count).json(&body).send())
+        calls.spawn(request.header("x-stainless-retry-count", count).json(&body).send())
     };
     let first = send("queued", 0, false);
     network.fake.arrived.notified().await;
     let job = network.last_job();
     assert_eq!(job.linger_ms, Some(2_000));
-    let beside = send("queued", 1, false);
+    send("queued", 1, false);
     network.fake.arrived.notified().await;
     assert_ne!(network.last_job().retry_token, job.retry_token, "the first connection is there");
     first.abort();
     network.fake.cancelled.notified().await;
-    let second = send("queued", 1, false);
+    send("queued", 1, false);
     network.fake.arrived.notified().await;
     let repeat = network.last_job();
     assert_eq!((&repeat.retry_token, repeat.correlation_id), (&job.retry_token, job.correlation_id));
-    let stream = send("queued", 1, true);
+    send("queued", 1, true);
     network.fake.arrived.notified().await;
     assert_eq!(network.last_job().linger_ms, None, "SDKs do not repeat what has begun to stream");
-    for call in [beside, second, stream] {
-        call.abort();
-    }
+    calls.abort_all();
     tokio::time::timeout(Duration::from_secs(5), network.fake.cancelled.notified()).await.expect("cancelled");
     network.end().await;
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use metadata_store::{DurableState, SqliteStore, TerminalState};
+use metadata_store::{DurableState, SqliteStore, StoreOptions, TerminalState};
 use protocol::infer::{InferChunk, InferRequest};
 use protocol::{Digest, ErrorCode, TraceId, codec};
 use rpc::ResponseStream;
@@ -95,10 +95,10 @@ async fn a_repeat_reads_a_running_answer_from_its_beginning() {
 #[tokio::test]
 async fn an_answer_that_has_ended_is_replayed_also_by_the_next_orchestrator() {
     let folder = tempfile::tempdir().expect("a folder");
-    let store = || Arc::new(SqliteStore::open(folder.path().join("store.db"), Default::default()).expect("opens"));
-    let first_store = store();
+    let store = SqliteStore::open(folder.path().join("store.db"), StoreOptions::default());
+    let store = Arc::new(store.expect("opens"));
     let (job, first) = {
-        let stand = stand_on(first_store.clone(), Config::default()).await;
+        let stand = stand_on(store.clone(), Config::default()).await;
         let worker = stand.worker(1, Manner::Answer(5)).await;
         let job = repeatable(&stand);
         let first = whole(&stand, &job).await;
@@ -108,16 +108,16 @@ async fn an_answer_that_has_ended_is_replayed_also_by_the_next_orchestrator() {
         assert_eq!((worker.jobs_seen(), stand.usage().await.len()), (1, 1));
         (job, first)
     };
-    let sealed = rusqlite_bytes(folder.path());
+    let sealed = bytes_of_files(folder.path());
     assert!(!sealed.windows(9).any(|bytes| bytes == b"\"text\":\"0"), "no answer lies in the store as it is");
-    let stand = stand_on(first_store, Config::default()).await;
+    let stand = stand_on(store, Config::default()).await;
     let third = whole(&stand, &again(&job)).await;
     assert!(is_replayed(&third));
     assert_eq!(parts(&first), parts(&third));
     assert_eq!(third[0].origin.map(|origin| origin.created_at), first[0].origin.map(|origin| origin.created_at));
 }
 
-fn rusqlite_bytes(folder: &std::path::Path) -> Vec<u8> {
+fn bytes_of_files(folder: &std::path::Path) -> Vec<u8> {
     let files = std::fs::read_dir(folder).expect("a folder").map(|file| file.expect("readable").path());
     files.flat_map(|file| std::fs::read(file).expect("readable")).collect()
 }

@@ -205,16 +205,16 @@ pub(crate) async fn a_job_that_came_to_nothing_runs_again_as_its_next_attempt(su
     assert_eq!(billed.iter().filter(|record| record.key == key(1)).count(), 1);
 }
 
-fn answer(text: &[u8], expires_at: UnixMillis) -> Option<SealedAnswer> {
-    Some(SealedAnswer { sealed: text.into(), expires_at })
+fn answer(text: &[u8], expires_at: UnixMillis) -> SealedAnswer {
+    SealedAnswer { sealed: text.into(), expires_at }
 }
 
 pub(crate) async fn an_answer_is_kept_with_its_settlement_and_no_other(subject: Jobs) {
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
     assert_eq!(store.answer(&key(1), NOW).await, Ok(None));
-    let kept = Settlement { answer: answer(b"kept", LEASE), ..settlement(1) };
-    let stale = Settlement { attempt: 2, answer: answer(b"stale", LEASE), ..settlement(1) };
+    let kept = Settlement { answer: Some(answer(b"kept", LEASE)), ..settlement(1) };
+    let stale = Settlement { attempt: 2, answer: Some(answer(b"stale", LEASE)), ..settlement(1) };
     assert_eq!(store.finalise(stale.clone()).await, Ok(Finalised::Stale { attempt: 1 }));
     assert_eq!(store.answer(&key(1), NOW).await, Ok(None));
     store.finalise(kept).await.expect("settles");
@@ -229,7 +229,7 @@ pub(crate) async fn answers_are_pruned_by_age_and_by_bytes(subject: Jobs) {
     for number in 1..=4 {
         store.reserve(NewJob { worker_capacity: 9, ..job(number) }).await.expect("reserves");
         let kept = answer(&[0; 10], UnixMillis(NOW.0 + number as u64));
-        store.finalise(Settlement { answer: kept, ..settlement(number) }).await.expect("settles");
+        store.finalise(Settlement { answer: Some(kept), ..settlement(number) }).await.expect("settles");
     }
     let has = async |number| store.answer(&key(number), NOW).await.expect("reads").is_some();
     assert_eq!(store.prune_answers(NOW, 40, 10).await, Ok(0));
