@@ -60,6 +60,7 @@ async fn client_loop(store: Arc<SqliteStore>, client: u16, end: Instant) -> Vec<
         assert_eq!(store.reserve(job).await, Ok(Reserved::New));
         times.push(started.elapsed());
         let settlement = Settlement {
+            answer: None,
             key,
             attempt: 1,
             worker_id,
