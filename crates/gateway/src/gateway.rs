@@ -254,12 +254,12 @@ impl Gateway {
             (key, token) => key.clone().or(token),
         };
         if let Some(token) = token {
-            return Ok(job.repeatable(tenant_id, token, seconds(self.inner.config.reconnect_secs)));
+            return Ok(job.repeatable(tenant_id, token, seconds(self.inner.config.reconnect_secs), true));
         }
         // SDKs do not repeat a request whose stream has begun.
         let Some(call) = repeat.sdk.as_ref().filter(|_| !is_streamed) else { return Ok(job) };
         let token = self.inner.sdk_requests.token(tenant_id, job.content(), call, self.make_token()?);
-        Ok(job.repeatable(tenant_id, token, SDK_LINGER))
+        Ok(job.repeatable(tenant_id, token, SDK_LINGER, false))
     }
 
     fn make_token(&self) -> Result<RetryToken, WireError> {
@@ -410,6 +410,7 @@ impl Gateway {
             delivered: None,
             acknowledges: true,
             linger_ms: job.linger.map(|linger| linger.as_millis() as u64),
+            keeps_answer: job.keeps_answer,
         })
     }
 

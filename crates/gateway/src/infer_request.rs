@@ -24,6 +24,7 @@ pub fn parse_infer(bytes: &[u8]) -> Result<Job, WireError> {
         retry_token: submission.retry_token,
         trace_id: submission.trace_id,
         linger: None,
+        keeps_answer: false,
         deadline: submission.deadline_ms.map(Duration::from_millis),
     })
 }

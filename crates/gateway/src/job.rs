@@ -22,6 +22,8 @@ pub struct Job {
     pub trace_id: Option<TraceId>,
     /// How long the job goes on without its client, who may then ask for the answer again. `None` if it cannot.
     pub linger: Option<Duration>,
+    /// Whether its answer is also kept for long after its end.
+    pub keeps_answer: bool,
     /// How long the client waits for the answer to begin. The configured deadline is the default and the maximum.
     pub deadline: Option<Duration>,
 }
@@ -30,7 +32,14 @@ impl Job {
     /// Makes a job that can be asked for again for `linger` after its client is gone. Its id is derived from the token
     /// if the client gave none, so that a repeat has the same id.
     #[must_use]
-    pub(crate) fn repeatable(mut self, tenant_id: &TenantId, token: RetryToken, linger: Duration) -> Self {
+    pub(crate) fn repeatable(
+        mut self,
+        tenant_id: &TenantId,
+        token: RetryToken,
+        linger: Duration,
+        keeps_answer: bool,
+    ) -> Self {
+        self.keeps_answer = keeps_answer;
         self.correlation_id.get_or_insert_with(|| CorrelationId::of_retry(tenant_id, &token));
         self.linger = Some(linger);
         self.retry_token = Some(token);

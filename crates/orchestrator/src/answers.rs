@@ -1,7 +1,7 @@
 //! Answers that several calls may read: those of jobs whose clients may ask for them again.
 //!
 //! A job writes its chunks here, and each call reads them from the first one on, at its own pace. The job goes on for a
-//! while when nobody reads.
+//! while when nobody reads, and its answer stays for a while after its end.
 
 use std::collections::hash_map::{Entry, HashMap};
 use std::collections::{BTreeMap, VecDeque};
@@ -17,25 +17,29 @@ use protocol::usage::TokenUsage;
 use protocol::{UnixMillis, WireError};
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
 
 /// Bytes of an answer up to which it is kept whole.
 pub(crate) const ANSWER_BYTES_MAX: usize = 8 << 20;
 /// Bytes of all running answers together up to which they are kept whole.
 const ANSWERS_BYTES_MAX: usize = 256 << 20;
 
-/// The running answers.
+/// How long an answer stays after its end.
+const STAYS: Duration = Duration::from_mins(1);
+
+/// The answers that run or have ended lately.
 #[derive(Default)]
 pub(crate) struct Answers {
-    running: Mutex<HashMap<JobKey, Arc<Shared>>>,
+    answers: Mutex<HashMap<JobKey, Arc<Shared>>>,
     bytes: AtomicUsize,
 }
 
 /// What a call finds under its key.
 pub(crate) enum Found {
-    /// Nothing runs: the call is to run the job.
+    /// No answer: the call is to run the job.
     Nothing(Writer, Reader),
-    Running(Reader),
-    /// A job of another request runs.
+    Answer(Reader),
+    /// The answer of another request.
     Other,
 }
 
@@ -55,6 +59,7 @@ struct State {
     progress: Option<(u64, Bytes)>,
     origin: Option<Origin>,
     end: Option<Result<(), WireError>>,
+    ended_at: Option<Instant>,
     /// For each reader, the number of the next chunk it reads.
     readers: BTreeMap<u64, usize>,
     readers_so_far: u64,
@@ -70,12 +75,12 @@ struct State {
 }
 
 impl Answers {
-    /// Finds the running answer of a job, or begins one.
+    /// Finds the answer of a job, or begins one.
     pub(crate) fn enter(self: &Arc<Self>, key: &JobKey, fingerprint: [u8; 32]) -> Found {
-        let mut running = self.running.lock();
-        match running.entry(key.clone()) {
+        let mut answers = self.answers.lock();
+        match answers.entry(key.clone()) {
             Entry::Occupied(entry) if entry.get().fingerprint != fingerprint => Found::Other,
-            Entry::Occupied(entry) => Found::Running(Reader::new(entry.get().clone())),
+            Entry::Occupied(entry) => Found::Answer(Reader::new(entry.get().clone())),
             Entry::Vacant(entry) => {
                 let shared = Arc::new(Shared { fingerprint, state: watch::Sender::new(State::default()) });
                 entry.insert(shared.clone());
@@ -84,9 +89,35 @@ impl Answers {
             }
         }
     }
+
+    /// Drops old answers until `stop` is cancelled.
+    pub(crate) async fn run(&self, stop: CancellationToken) {
+        let mut ticks = time::interval(STAYS / 6);
+        while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+            self.sweep();
+        }
+    }
+
+    /// Drops the answers whose time after their end is over.
+    fn sweep(&self) {
+        let now = Instant::now();
+        self.drop_ended(|ended_at| now.duration_since(ended_at) >= STAYS);
+    }
+
+    fn drop_ended(&self, is_over: impl Fn(Instant) -> bool) {
+        self.answers.lock().retain(|_, shared| {
+            let state = shared.state.borrow();
+            let stays = !state.ended_at.is_some_and(&is_over);
+            if !stays {
+                self.bytes.fetch_sub(state.bytes, Ordering::Relaxed);
+            }
+            stays
+        });
+    }
 }
 
-/// The job's end of an answer. Dropping it makes room for another job of the same key.
+/// The job's end of an answer. When it is dropped, a complete answer stays for a while, and any other gives way to the
+/// next job of its key.
 pub(crate) struct Writer {
     answers: Arc<Answers>,
     key: JobKey,
@@ -103,6 +134,13 @@ impl Writer {
     pub(crate) async fn push(&self, chunk: Bytes, usage: TokenUsage) {
         let mut watcher = self.shared.state.subscribe();
         while !self.make_room(chunk.len()) {
+            // Those that have ended give way first.
+            if self.answers.bytes.load(Ordering::Relaxed) + chunk.len() > ANSWERS_BYTES_MAX {
+                self.answers.drop_ended(|_| true);
+                if self.make_room(chunk.len()) {
+                    break;
+                }
+            }
             if watcher.changed().await.is_err() {
                 return;
             }
@@ -204,8 +242,17 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.answers.running.lock().remove(&self.key);
-        self.answers.bytes.fetch_sub(self.shared.state.borrow().bytes, Ordering::Relaxed);
+        let mut answers = self.answers.answers.lock();
+        let mut stays = false;
+        self.shared.state.send_if_modified(|state| {
+            stays = state.end == Some(Ok(())) && state.first == 0;
+            state.ended_at = stays.then(Instant::now);
+            false
+        });
+        if !stays {
+            answers.remove(&self.key);
+            self.answers.bytes.fetch_sub(self.shared.state.borrow().bytes, Ordering::Relaxed);
+        }
     }
 }
 
@@ -229,11 +276,13 @@ pub(crate) struct Reader {
     position: usize,
     progress: u64,
     has_sent_receipt: bool,
+    /// Whether the answer had ended when the reader came.
+    came_after_end: bool,
 }
 
 impl Reader {
     fn new(shared: Arc<Shared>) -> Self {
-        let mut id = 0;
+        let (mut id, came_after_end) = (0, shared.state.borrow().end.is_some());
         shared.state.send_if_modified(|state| {
             state.readers_so_far += 1;
             id = state.readers_so_far;
@@ -241,7 +290,7 @@ impl Reader {
             false
         });
         let watcher = shared.state.subscribe();
-        Self { shared, watcher, id, position: 0, progress: 0, has_sent_receipt: false }
+        Self { shared, watcher, id, position: 0, progress: 0, has_sent_receipt: false, came_after_end }
     }
 
     /// Waits for what comes next. Cancel safe.
@@ -280,7 +329,8 @@ impl Reader {
 
     /// Returns where the answer comes from, once its first chunk was read.
     pub(crate) fn origin(&self) -> Option<Origin> {
-        self.shared.state.borrow().origin
+        let origin = self.shared.state.borrow().origin?;
+        Some(Origin { replayed: origin.replayed || self.came_after_end, ..origin })
     }
 
     /// Records what the caller has acknowledged, in all.

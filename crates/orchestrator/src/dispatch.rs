@@ -49,7 +49,7 @@ enum State {
         writer: Writer,
         /// How long the job goes on when nobody reads.
         linger: Duration,
-        /// Whether the answer is stored, so that readers may come after its end.
+        /// Whether the answer is also stored.
         is_stored: bool,
     },
     Gone,
@@ -107,10 +107,7 @@ impl Delivery {
 
     /// Waits until the caller has read all that was sent.
     pub(crate) async fn wait_until_read(&mut self) -> Result<(), Interrupted> {
-        if let State::Shared { writer, is_stored, .. } = &self.state {
-            if *is_stored && writer.is_whole() {
-                return Ok(());
-            }
+        if let State::Shared { writer, .. } = &self.state {
             return time::timeout(self.stall, writer.wait_until_read()).await.map_err(|_| Interrupted);
         }
         let (Some(_), State::Streaming(reply)) = (&self.receipts, &mut self.state) else { return Ok(()) };

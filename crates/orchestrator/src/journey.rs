@@ -107,7 +107,7 @@ impl Journey {
         // Workers need neither the fingerprint nor acknowledgements, and only this orchestrator knows what was
         // delivered.
         (request.fingerprint, request.acknowledges, request.delivered) = (None, false, None);
-        request.linger_ms = None;
+        (request.linger_ms, request.keeps_answer) = (None, false);
         let mut models = vec![request.model()];
         for model in std::mem::take(&mut request.alternatives).into_iter().take(ALTERNATIVES_MAX) {
             if !models.contains(&model) {

@@ -663,6 +663,10 @@ impl Orchestrator {
             let bytes_max = orchestrator.config.answers_kept_mib << 20;
             async move { reservations.prune_answers(bytes_max, ended).await }
         });
+        background.spawn({
+            let (answers, ended) = (orchestrator.answers.clone(), ended.clone());
+            async move { answers.run(ended).await }
+        });
 
         background.spawn(suspect_after_pauses(orchestrator.client.clone(), ended.clone()));
 

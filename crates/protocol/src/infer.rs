@@ -72,9 +72,12 @@ pub struct InferRequest {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub acknowledges: bool,
     /// Milliseconds for which the job goes on without a reader. If it is present, the client may submit the request
-    /// again and get the same answer, also after its end. Workers get none.
+    /// again and get the same answer, also for a minute after its end. Workers get none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub linger_ms: Option<u64>,
+    /// Whether the answer is stored as well, for repeats much later and after a restart.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keeps_answer: bool,
 }
 
 impl InferRequest {
@@ -105,6 +108,7 @@ impl InferRequest {
             delivered: None,
             acknowledges: false,
             linger_ms: None,
+            keeps_answer: false,
         }
     }
 }

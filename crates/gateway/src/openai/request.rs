@@ -62,6 +62,7 @@ fn job(model: ModelRef, input: Input) -> Job {
         retry_token: None,
         trace_id: None,
         linger: None,
+        keeps_answer: false,
         deadline: None,
     }
 }

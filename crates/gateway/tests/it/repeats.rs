@@ -36,7 +36,7 @@ async fn requests_under_one_idempotency_key_are_one_job() {
     assert_eq!(headers["x-request-id"], again["x-request-id"]);
     assert_eq!(headers["x-request-id"], job.correlation_id.to_string().as_str());
     assert_eq!(body["id"], format!("chatcmpl-{}", job.correlation_id.0.simple()));
-    assert_eq!(job.linger_ms, Some(30_000));
+    assert_eq!((job.linger_ms, job.keeps_answer), (Some(30_000), true));
     assert!(!job.retry_token.as_str().contains("order"), "the key stays here: {}", job.retry_token);
     let (other, ..) = network.keyed(1, "order 17", &chat_body("ho")).await;
     assert_eq!((other.correlation_id, &other.retry_token), (job.correlation_id, &job.retry_token));
@@ -151,7 +151,7 @@ async fn a_retry_of_an_sdk_whose_connection_is_gone_is_the_same_job() {
     let first = send("queued", 0, false);
     network.fake.arrived.notified().await;
     let job = network.last_job();
-    assert_eq!(job.linger_ms, Some(2_000));
+    assert_eq!((job.linger_ms, job.keeps_answer), (Some(2_000), false));
     send("queued", 1, false);
     network.fake.arrived.notified().await;
     assert_ne!(network.last_job().retry_token, job.retry_token, "the first connection is there");

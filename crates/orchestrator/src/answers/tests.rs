@@ -18,7 +18,7 @@ fn begin(answers: &Arc<Answers>) -> (Writer, Reader) {
 }
 
 fn again(answers: &Arc<Answers>) -> Reader {
-    let Found::Running(reader) = answers.enter(&key(1), [1; 32]) else { panic!("it runs") };
+    let Found::Answer(reader) = answers.enter(&key(1), [1; 32]) else { panic!("it is there") };
     reader
 }
 
@@ -52,8 +52,28 @@ async fn each_reader_reads_from_the_first_chunk_to_the_end() {
     for reader in [&mut first, &mut second] {
         assert_eq!(reader.next().now_or_never(), Some(Next::End(Ok(()))));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_complete_answer_stays_for_a_while_and_a_failed_one_does_not() {
+    let answers: Arc<Answers> = Arc::default();
+    let (writer, _) = begin(&answers);
+    writer.begin(Origin { created_at: UnixMillis(5), replayed: false });
+    push(&writer, 1).await;
+    writer.end(Ok(()));
     drop(writer);
-    assert!(matches!(answers.enter(&key(1), [2; 32]), Found::Nothing(..)), "the key is free once the job has ended");
+    let mut late = again(&answers);
+    assert_eq!(chunk(late.next().now_or_never()), 1);
+    assert_eq!(late.origin(), Some(Origin { created_at: UnixMillis(5), replayed: true }));
+    time::advance(STAYS).await;
+    answers.sweep();
+    assert_eq!(answers.bytes.load(Ordering::Relaxed), 0);
+    let (writer, _reader) = begin(&answers);
+    push(&writer, 1).await;
+    writer.end(Err(WireError::new(ErrorCode::WorkerFailed, "died")));
+    drop(writer);
+    assert!(matches!(answers.enter(&key(1), [2; 32]), Found::Nothing(..)), "the next job may run");
+    assert_eq!(answers.bytes.load(Ordering::Relaxed), 0);
 }
 
 #[tokio::test]
@@ -141,6 +161,13 @@ async fn all_answers_together_have_a_bound() {
     assert!(push(&writer, 2).now_or_never().is_none());
     answers.bytes.fetch_sub(ANSWERS_BYTES_MAX, Ordering::Relaxed);
     push(&writer, 2).now_or_never().expect("there is room again");
+    writer.end(Ok(()));
+    drop(writer);
+    let Found::Nothing(next, _reader) = answers.enter(&key(2), [1; 32]) else { panic!("another job") };
+    push(&next, 1).await;
+    answers.bytes.fetch_add(ANSWERS_BYTES_MAX - 3, Ordering::Relaxed);
+    push(&next, 2).now_or_never().expect("an answer that has ended gives way");
+    assert!(matches!(answers.enter(&key(1), [1; 32]), Found::Nothing(..)));
 }
 
 proptest! {

@@ -32,11 +32,11 @@ impl Orchestrator {
         let (key, fingerprint, deadline) = (key_of(request), journey.fingerprint, journey.deadline);
         match self.answers.enter(&key, fingerprint) {
             Found::Other => caller.fail(refusals::reused()).await,
-            Found::Running(reader) => follow(reader, request, Some(deadline), caller).await,
+            Found::Answer(reader) => follow(reader, request, Some(deadline), caller).await,
             Found::Nothing(writer, reader) => {
                 let stall = Duration::from_secs(self.config.caller_stall_secs);
-                let delivery =
-                    Delivery::shared(writer, linger.min(LINGER_MAX), self.config.answers_kept_hours > 0, stall);
+                let is_stored = request.keeps_answer && self.config.answers_kept_hours > 0;
+                let delivery = Delivery::shared(writer, linger.min(LINGER_MAX), is_stored, stall);
                 // The job's own deadline ends it.
                 tokio::join!(self.run_repeatable(key, journey, delivery), follow(reader, request, None, caller));
             }

@@ -18,7 +18,8 @@ const CANCELLED: DurableState = DurableState::Settled(TerminalState::Cancelled);
 /// A job that its client may submit again.
 fn repeatable(stand: &Stand) -> InferRequest {
     let fingerprint = Some(Digest::of(b"this"));
-    InferRequest { fingerprint, linger_ms: Some(30_000), acknowledges: true, progress: true, ..stand.job() }
+    let job = InferRequest { acknowledges: true, progress: true, ..stand.job() };
+    InferRequest { fingerprint, linger_ms: Some(30_000), keeps_answer: true, ..job }
 }
 
 /// The same job, as a gateway submits it when its client asks again.
@@ -183,12 +184,29 @@ async fn a_repeat_of_a_job_that_failed_runs_it_again() {
 }
 
 #[tokio::test]
-async fn without_room_for_answers_a_job_is_billed_for_what_its_client_read() {
-    let stand = stand(Config { answers_kept_hours: 0, ..Config::default() }).await;
+async fn an_answer_that_is_not_to_be_kept_stays_with_its_orchestrator_for_a_while() {
+    let store = Arc::new(SqliteStore::in_memory().expect("a store"));
+    let stand = stand_on(store.clone(), Config::default()).await;
+    stand.worker(1, Manner::Answer(3)).await;
+    let job = InferRequest { keeps_answer: false, ..repeatable(&stand) };
+    let first = whole(&stand, &job).await;
+    let second = whole(&stand, &again(&job)).await;
+    assert_eq!((parts(&first), is_replayed(&second)), (parts(&second), true));
+    assert_eq!(stand.usage().await.len(), 1);
+    let stand = stand_on(store, Config::default()).await;
+    let refused = stand.answer(&again(&job)).await.expect_err("its answer is gone");
+    assert_eq!(refused.code, ErrorCode::IdempotencyKeyReused);
+}
+
+#[tokio::test]
+async fn an_orchestrator_may_keep_no_answers() {
+    let store = Arc::new(SqliteStore::in_memory().expect("a store"));
+    let config = Config { answers_kept_hours: 0, ..Config::default() };
+    let stand = stand_on(store.clone(), config.clone()).await;
     stand.worker(1, Manner::Answer(3)).await;
     let job = repeatable(&stand);
     assert_eq!(parts(&whole(&stand, &job).await).len(), 4);
-    let refused = stand.answer(&again(&job)).await.expect_err("its answer is not kept");
+    let stand = stand_on(store, config).await;
+    let refused = stand.answer(&again(&job)).await.expect_err("its answer is gone");
     assert_eq!(refused.code, ErrorCode::IdempotencyKeyReused);
-    assert_eq!(stand.usage().await.len(), 1);
 }
