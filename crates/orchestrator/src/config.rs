@@ -26,6 +26,9 @@ pub struct Config {
     pub set_aside_secs: u64,
     /// Maximum number of attempts of a job before its first token, each on another worker.
     pub attempts_max: u32,
+    /// Further attempts of a tenant's jobs before their first token, for each hundred of its jobs. A hundred at once and
+    /// one a second are always allowed. Without a limit, workers that are full or fail would get a multiple of the jobs.
+    pub retry_budget_percent: u32,
     /// Seconds without a chunk after which an attempt has failed. A chunk that only has progress counts.
     pub stall_secs: u64,
     /// Seconds after which an attempt has failed if its worker only reports progress: no further token of the prompt is
@@ -66,6 +69,7 @@ impl Default for Config {
             dispatch_connect_ms: 2_000,
             set_aside_secs: 15,
             attempts_max: 3,
+            retry_budget_percent: 10,
             stall_secs: 120,
             token_stall_secs: 600,
             caller_stall_secs: 60,

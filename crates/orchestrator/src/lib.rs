@@ -1,7 +1,7 @@
 //! Finds a worker for each job and follows the job until it is settled. Start reading at [`Orchestrator::submit`].
 //!
 //! Decisions are pure functions of the state and the current time ([`scheduler`], [`circuit_breaker`],
-//! [`retry_manager`], [`job`], `journal`); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
+//! [`retry_manager`], [`retry_budget`], [`job`], `journal`); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
 
 mod advance;
 mod answers;
@@ -23,6 +23,7 @@ mod receipts;
 mod refusals;
 pub mod registry_policies;
 pub mod reservation_manager;
+pub mod retry_budget;
 pub mod retry_manager;
 pub mod scheduler;
 mod sealing;

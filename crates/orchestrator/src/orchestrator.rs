@@ -22,7 +22,7 @@ use protocol::membership::Exclusion;
 use protocol::model::ModelKey;
 use protocol::presence::Rejection;
 use protocol::signature::Signed;
-use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, Topic, WireError, WorkerId, codec};
+use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, TenantId, Topic, WireError, WorkerId, codec};
 use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{
     Access, Caller, Client, Directory, Membership, MembershipTask, Server, StreamCall, StreamOptions, Transport,
@@ -49,6 +49,7 @@ use crate::policy_engine::PolicyEngine;
 use crate::refusals;
 use crate::registry_policies::RegistryPolicies;
 use crate::reservation_manager::{Ending, ReservationManager};
+use crate::retry_budget::{self, RetryBudgets};
 use crate::retry_manager::{self, Failure, Part, Plan};
 use crate::scheduler::{self, Candidate, Placement, Refusal};
 use crate::sealing::SealingKey;
@@ -90,6 +91,7 @@ pub struct Orchestrator {
     breakers: Mutex<HashMap<ModelKey, CircuitBreaker>>,
     reservations: Arc<ReservationManager>,
     decisions: DecisionLog,
+    retry_budgets: Mutex<RetryBudgets>,
     crashes: Mutex<CrashRecord>,
     records: Mutex<WorkerRecords>,
     client: Client,
@@ -109,6 +111,7 @@ impl Orchestrator {
     pub async fn submit(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
         let policy = self.policies.admit(&journey.request.tenant_id, journey.models()).await?;
         journey.keep_models(|model| policy.allows(&model.model_id));
+        self.retry_budgets.lock().job(&journey.request.tenant_id, Instant::now());
         if self.is_convicted(&journey) {
             return Err(refusals::crashes_engines());
         }
@@ -290,6 +293,10 @@ impl Orchestrator {
             }
             Plan::Retry { after } => {
                 if failure.delivered == Part::Nothing {
+                    if retry_budget::is_counted(error.code) && !self.has_retry(&journey.request.tenant_id) {
+                        self.metrics.retries_exhausted.inc();
+                        return ControlFlow::Break(end);
+                    }
                     self.count_failover(error.code, "pre_token");
                     journey.step(JobEvent::GiveUpAttempt);
                 } else {
@@ -315,6 +322,10 @@ impl Orchestrator {
 
     fn has_reported(&self, worker: WorkerId, since: Instant) -> bool {
         self.fleet.silence(worker, Instant::now()).is_some_and(|silence| silence < since.elapsed())
+    }
+
+    fn has_retry(&self, tenant: &TenantId) -> bool {
+        self.retry_budgets.lock().take(tenant, Instant::now())
     }
 
     fn count_failover(&self, code: ErrorCode, phase: &'static str) {
@@ -624,6 +635,7 @@ impl Orchestrator {
                 config.registry_absence,
             ),
             decisions: DecisionLog::new(config.decisions_kept),
+            retry_budgets: Mutex::new(RetryBudgets::new(config.retry_budget_percent)),
             records: Mutex::default(),
             crashes: Mutex::new(CrashRecord::new(Duration::from_secs(config.crashes_kept_secs))),
             reservations: Arc::new(reservations),

@@ -4,7 +4,23 @@ use metadata_store::{DurableState, TerminalState};
 use protocol::ErrorCode;
 use tether_orchestrator::Config;
 
-use crate::stand::{Manner, stand};
+use crate::stand::{Manner, Worker, stand};
+
+#[tokio::test]
+async fn workers_that_are_all_full_get_a_tenth_more_than_the_jobs() {
+    const JOBS: usize = 1_000;
+    let stand = stand(Config::default()).await;
+    let mut workers = vec![];
+    for number in 1..=3 {
+        workers.push(stand.worker(number, Manner::Refuse(ErrorCode::WorkerFull)).await);
+    }
+    for _ in 0..JOBS {
+        stand.answer(&stand.job()).await.expect_err("nobody has room");
+    }
+    let seen: usize = workers.iter().map(Worker::jobs_seen).sum();
+    // A hundred at once and one a second are always allowed.
+    assert!(seen > JOBS && seen <= JOBS * 11 / 10 + 100 + 60, "{seen}");
+}
 
 #[tokio::test]
 async fn a_worker_that_refuses_or_dies_before_the_first_token_costs_nothing() {
