@@ -5,6 +5,7 @@
 //! `driver` feeds it.
 
 mod budget;
+mod closed_port;
 mod congestion;
 mod connection;
 mod driver;
@@ -12,6 +13,7 @@ mod driver;
 pub mod fuzzing;
 mod mtu;
 mod packet;
+mod port_errors;
 mod receiver;
 mod recovery;
 mod rtt;
@@ -26,7 +28,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddrV4;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -92,6 +94,9 @@ pub enum StreamError {
     /// The other side stopped responding.
     #[error("the peer stopped answering")]
     TimedOut,
+    /// The other side's host reports that no process has the port that the stream leads to.
+    #[error("the peer's port is closed: its process has ended")]
+    PortClosed,
     /// The stream was destroyed here.
     #[error("the stream was destroyed")]
     Destroyed,
@@ -172,5 +177,7 @@ impl fmt::Debug for Udx {
 #[derive(Default)]
 pub(crate) struct Table {
     streams: Mutex<HashMap<u32, Arc<Shared>>>,
+    /// The connected streams by the other side's address and id.
+    by_peer: Mutex<HashMap<(SocketAddrV4, u32), Weak<Shared>>>,
     tasks: TaskTracker,
 }

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::budget::Share;
+use super::closed_port::ClosedPort;
 use super::packet::{DATA, DESTROY, END, HEARTBEAT, Header, Packet, SACK, unwrap_sequence};
 use super::receiver::Receiver;
 use super::sender::Sender;
@@ -25,6 +26,8 @@ const SPAN_MAX: u64 = 65_536;
 /// The number of unanswered zero-window probes after which the connection times out.
 const ZERO_WINDOW_PROBES_MAX: u32 = 8;
 const ZERO_WINDOW_PROBE_EVERY_MAX: Duration = Duration::from_secs(5);
+/// The silence after which a watched stream sends a heartbeat.
+const WATCHED_SILENCE: Duration = Duration::from_millis(750);
 /// The sequence numbers of both sides start above zero, so that arithmetic below the first packet does not underflow.
 const SEQUENCE_BASE: u64 = 1 << 32;
 
@@ -35,6 +38,9 @@ pub(crate) struct Connection {
     receiver: Receiver,
     window_max: usize,
     keep_alive: Option<Duration>,
+    /// Whether the user waits for the other side.
+    is_watched: bool,
+    closed_port: ClosedPort,
 
     ack_due: bool,
     heartbeat_due: bool,
@@ -82,6 +88,8 @@ impl Connection {
             receiver,
             window_max,
             keep_alive: options.keep_alive,
+            is_watched: false,
+            closed_port: ClosedPort::default(),
             ack_due: false,
             heartbeat_due: false,
             destroy_due: false,
@@ -131,6 +139,27 @@ impl Connection {
 
     pub(crate) fn is_connected(&self) -> bool {
         self.remote_id.is_some()
+    }
+
+    /// Returns the other side's id, once the stream is connected.
+    pub(crate) fn remote_id(&self) -> Option<u32> {
+        self.remote_id
+    }
+
+    /// Sets whether a heartbeat follows a short silence of the other side.
+    pub(crate) fn watch(&mut self, is_watched: bool, now: Instant) {
+        if is_watched && !self.is_watched {
+            // The silence counts from here on.
+            self.last_heard_at = self.last_heard_at.map(|_| now);
+        }
+        self.is_watched = is_watched;
+    }
+
+    /// Handles a report that no process receives what is sent to the other side.
+    pub(crate) fn on_port_closed(&mut self, now: Instant) {
+        if self.closed.is_none() && self.closed_port.report(now, self.sender.round_trip().smoothed()) {
+            self.close(Err(StreamError::PortClosed), now, false);
+        }
     }
 
     /// Returns whether bytes can still be written.
@@ -234,6 +263,7 @@ impl Connection {
             return;
         }
         self.last_heard_at = Some(now);
+        self.closed_port = ClosedPort::default();
         self.unanswered_zero_window_probes = 0;
         if header.kind & HEARTBEAT != 0 {
             self.ack_due = true;
@@ -357,11 +387,15 @@ impl Connection {
         }
         self.remote_id?;
         let abandoned = self.abandoned_at.map(|at| at + ABANDONED_MAX);
-        [self.sender.deadline(), self.zero_window_probe_at, self.keep_alive_at(), abandoned].into_iter().flatten().min()
+        let probes = [self.zero_window_probe_at, self.closed_port.probe_at()];
+        let others = [self.sender.deadline(), self.keep_alive_at(), abandoned];
+        probes.into_iter().chain(others).flatten().min()
     }
 
     fn keep_alive_at(&self) -> Option<Instant> {
-        let every = self.keep_alive.filter(|_| self.sender.is_idle())?;
+        let watched = self.is_watched.then_some(WATCHED_SILENCE);
+        // What is in flight is sent again and elicits a response anyway.
+        let every = self.keep_alive.into_iter().chain(watched).min().filter(|_| self.sender.is_idle())?;
         self.last_heard_at.map(|at| at + every)
     }
 
@@ -396,6 +430,7 @@ impl Connection {
             self.zero_window_probe_at = Some(now + self.zero_window_probe_interval());
             self.heartbeat_due = true;
         }
+        self.heartbeat_due |= self.closed_port.probe(now);
         if self.keep_alive_at().is_some_and(|at| at <= now) {
             self.last_heard_at = Some(now);
             self.heartbeat_due = true;

@@ -6,8 +6,10 @@ use std::future::poll_fn;
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, SocketAddrV4};
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use quinn_udp::{RecvMeta, UdpSocketState};
@@ -16,8 +18,10 @@ use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::packet::{self, HEADER_BYTES, Packet};
+use super::port_errors::{self, without_pending_errors};
 use super::socket::{Datagram, Handle, Link, Socket, is_full};
 use super::stream::{Inner, Shared};
 use super::{StreamError, Table};
@@ -32,6 +36,8 @@ const BATCHES_PER_TURN: usize = 4;
 /// How many bytes and packets one stream sends before the next one gets its turn.
 const BURST_BYTES: usize = 62 * 1024;
 const BURST_PACKETS: usize = 64;
+/// How soon packets are sent again that a full send buffer did not accept, if the runtime does not say when it has space.
+const SEND_AGAIN_AFTER: Duration = Duration::from_millis(1);
 /// The requested size of the kernel's socket buffers. The kernel may grant less. The default loses packets on fast
 /// links.
 const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
@@ -42,6 +48,8 @@ pub(crate) fn bind(table: &Arc<Table>, address: SocketAddrV4) -> io::Result<(Soc
     // This also forbids IP fragmentation, as libudx does. A packet too large for the path is lost, and MTU discovery
     // relies on that.
     let state = UdpSocketState::new((&socket).into())?;
+    // Without them, the end of a peer's process is noticed later.
+    let _ = port_errors::enable(&socket);
     // A smaller buffer than requested only makes the socket slower under load.
     let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
     let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
@@ -51,8 +59,11 @@ pub(crate) fn bind(table: &Arc<Table>, address: SocketAddrV4) -> io::Result<(Soc
     let link = Arc::new(Link::new(UdpSocket::from_std(socket)?, state, address, Arc::clone(table)));
     let socket = Socket::new(Arc::clone(&link));
     let (datagrams, receiver) = mpsc::channel(DATAGRAMS_MAX);
+    let ended = CancellationToken::new();
+    table.tasks.spawn(port_errors::watch(Arc::clone(&link), ended.clone()));
     let driver = Driver {
         link,
+        _ended: ended.drop_guard(),
         handle: Arc::downgrade(socket.handle()),
         datagrams,
         buffers: vec![0; BATCH * BUFFER_BYTES].into_boxed_slice(),
@@ -64,6 +75,7 @@ pub(crate) fn bind(table: &Arc<Table>, address: SocketAddrV4) -> io::Result<(Soc
         out: Vec::new(),
         sizes: Vec::new(),
         blocked: None,
+        send_again_at: None,
         readable: true,
     };
     table.tasks.spawn(driver.run());
@@ -72,6 +84,8 @@ pub(crate) fn bind(table: &Arc<Table>, address: SocketAddrV4) -> io::Result<(Soc
 
 struct Driver {
     link: Arc<Link>,
+    /// Ends the task that reads ICMP messages.
+    _ended: DropGuard,
     handle: Weak<Handle>,
     datagrams: mpsc::Sender<Datagram>,
     buffers: Box<[u8]>,
@@ -86,6 +100,8 @@ struct Driver {
     sizes: Vec<usize>,
     /// Packets that the full send buffer of the kernel did not accept.
     blocked: Option<Run>,
+    /// When they are sent again, if the runtime does not say when the buffer has space.
+    send_again_at: Option<Instant>,
     readable: bool,
 }
 
@@ -125,15 +141,16 @@ impl Driver {
             self.readable = true;
             ready = true;
         }
-        if self.blocked.is_some() {
-            ready |= self.link.io.poll_send_ready(context).is_ready();
-        } else {
+        if self.blocked.is_none() {
             ready |= !self.queue.is_empty();
+        } else if self.send_again_at.is_none() {
+            ready |= self.link.io.poll_send_ready(context).is_ready();
         }
-        if let Some(Reverse((at, _))) = self.timers.peek() {
-            if self.sleeping_until.is_none_or(|until| *at < until) {
-                self.sleeping_until = Some(*at);
-                self.sleep.as_mut().reset(*at);
+        let timer = self.timers.peek().map(|Reverse((at, _))| *at);
+        if let Some(at) = timer.into_iter().chain(self.send_again_at).min() {
+            if self.sleeping_until.is_none_or(|until| at < until) {
+                self.sleeping_until = Some(at);
+                self.sleep.as_mut().reset(at);
             }
             if self.sleep.as_mut().poll(context).is_ready() {
                 self.sleeping_until = None;
@@ -169,7 +186,8 @@ impl Driver {
             std::array::from_fn(|_| slices.next().unwrap_or(IoSliceMut::new(&mut [])));
         let mut count = 0;
         let drained = link.io.try_io(Interest::READABLE, || {
-            count = link.state.recv((&link.io).into(), &mut slices, received).unwrap_or(0);
+            let receive = || link.state.recv((&link.io).into(), &mut slices, received);
+            count = without_pending_errors(receive).unwrap_or(0);
             // A batch that is not full was the last one, which saves another system call. The next arrival wakes the
             // task.
             if count < BATCH { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
@@ -264,6 +282,7 @@ impl Driver {
     }
 
     fn flush(&mut self, now: Instant) {
+        self.send_again_at = None;
         if let Some(run) = self.blocked.take() {
             self.send(run);
         }
@@ -354,6 +373,8 @@ impl Driver {
     fn block(&mut self, run: Run) {
         // The runtime does not know yet that the socket is not writable.
         let _ = self.link.io.try_io(Interest::WRITABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+        // After an error, the runtime takes a socket for closed, and so for writable at all times.
+        self.send_again_at = self.link.had_errors.load(Ordering::Relaxed).then(|| Instant::now() + SEND_AGAIN_AFTER);
         self.blocked = Some(run);
     }
 

@@ -14,6 +14,7 @@ use quinn_udp::{Transmit, UdpSocketState};
 use tokio::net::UdpSocket;
 
 use super::Table;
+use super::port_errors::without_pending_errors;
 use super::stream::Shared;
 
 /// The maximum number of datagrams queued while the kernel's send buffer is full.
@@ -53,6 +54,8 @@ pub(crate) struct Link {
     /// Streams that may have packets to send.
     dirty: Mutex<Vec<Arc<Shared>>>,
     waiting: Mutex<VecDeque<(SocketAddrV4, Bytes)>>,
+    /// Whether ICMP messages were received.
+    pub(crate) had_errors: AtomicBool,
     woken: AtomicBool,
     closing: AtomicBool,
     pub(crate) waker: AtomicWaker,
@@ -67,6 +70,7 @@ impl Link {
             table,
             dirty: Mutex::default(),
             waiting: Mutex::default(),
+            had_errors: AtomicBool::new(false),
             woken: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             waker: AtomicWaker::new(),
@@ -106,7 +110,7 @@ impl Link {
     /// Sends at once, without asking the runtime whether the socket is writable.
     pub(crate) fn try_send(&self, to: SocketAddrV4, contents: &[u8], segment_size: Option<usize>) -> io::Result<()> {
         let transmit = Transmit { destination: SocketAddr::V4(to), ecn: None, contents, segment_size, src_ip: None };
-        self.state.try_send((&self.io).into(), &transmit)
+        without_pending_errors(|| self.state.try_send((&self.io).into(), &transmit))
     }
 
     /// Sends the queued datagrams. Returns `false` if the send buffer is full again.

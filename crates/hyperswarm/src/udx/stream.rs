@@ -3,7 +3,8 @@
 use std::fmt;
 use std::future::poll_fn;
 use std::net::SocketAddrV4;
-use std::sync::Arc;
+use std::ptr;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
@@ -166,6 +167,31 @@ impl Table {
         lock(&self.streams)
     }
 
+    /// Remembers where the packets of a stream go.
+    fn connected(&self, stream: &Arc<Shared>, address: SocketAddrV4, remote_id: u32) {
+        lock(&self.by_peer).insert((address, remote_id), Arc::downgrade(stream));
+    }
+
+    /// Handles a report that no process receives what is sent to the stream `remote_id` at an address.
+    pub(crate) fn port_closed(&self, address: SocketAddrV4, remote_id: u32) {
+        let Some(stream) = lock(&self.by_peer).get(&(address, remote_id)).and_then(Weak::upgrade) else { return };
+        let mut inner = stream.lock();
+        inner.connection.on_port_closed(Instant::now());
+        self.settle(&stream, inner);
+    }
+
+    /// Wakes tasks that wait for a stream that may have closed. Removes the stream, or lets its socket's task send the
+    /// last packet.
+    fn settle(&self, stream: &Arc<Shared>, inner: MutexGuard<'_, Inner>) {
+        let gone = inner.connection.is_gone();
+        stream.wake(inner);
+        if gone {
+            self.remove(stream);
+        } else {
+            stream.flush(stream.lock());
+        }
+    }
+
     /// Removes a closed stream from the table.
     pub(crate) fn remove(&self, stream: &Arc<Shared>) {
         {
@@ -175,11 +201,16 @@ impl Table {
             }
         }
         // Dropped after the lock is released, because it may be the last handle of a socket.
-        let socket = {
+        let (socket, peer) = {
             let mut inner = stream.lock();
-            (inner.socket.take(), inner.first_packet.take())
+            ((inner.socket.take(), inner.first_packet.take()), inner.address.zip(inner.connection.remote_id()))
         };
         drop(socket);
+        let Some(peer) = peer else { return };
+        let mut by_peer = lock(&self.by_peer);
+        if by_peer.get(&peer).is_some_and(|known| ptr::eq(known.as_ptr(), Arc::as_ptr(stream))) {
+            by_peer.remove(&peer);
+        }
     }
 }
 
@@ -225,6 +256,7 @@ impl Stream {
                 return;
             }
             inner.connection.connect(remote_id, Instant::now());
+            self.handle.table.connected(shared, address, remote_id);
             inner.socket = Some(socket.clone());
             inner.address = Some(address);
             shared.flush(inner);
@@ -304,6 +336,12 @@ impl Stream {
         self.handle.settle(inner);
     }
 
+    /// Sets whether this side waits for the other. If it does, a short silence is followed by a heartbeat, so that the
+    /// end of the other side's process is noticed at once. Takes effect with the next packet.
+    pub fn watch(&self, is_watched: bool) {
+        self.shared().lock().connection.watch(is_watched, Instant::now());
+    }
+
     /// Sends an end after what was written. Reading is still possible.
     pub fn end(&self) {
         let mut inner = self.shared().lock();
@@ -328,6 +366,11 @@ impl Stream {
             }
             notified.await;
         }
+    }
+
+    /// Returns why the stream failed, if it has.
+    pub fn error(&self) -> Option<StreamError> {
+        self.shared().lock().connection.closed().and_then(Result::err)
     }
 
     /// Returns statistics of the stream and its path.
@@ -356,16 +399,8 @@ impl Stream {
 }
 
 impl Handle {
-    /// Wakes tasks that wait for a stream that may have closed. Removes the stream, or lets its socket's task send the
-    /// last packet.
     fn settle(&self, inner: MutexGuard<'_, Inner>) {
-        let gone = inner.connection.is_gone();
-        self.shared.wake(inner);
-        if gone {
-            self.table.remove(&self.shared);
-        } else {
-            self.shared.flush(self.shared.lock());
-        }
+        self.table.settle(&self.shared, inner);
     }
 }
 

@@ -1,5 +1,7 @@
 //! Tests of streams over loopback, and of state machines over a link that loses, duplicates and reorders packets.
 
+#[cfg(target_os = "linux")]
+mod closed_port;
 mod link;
 mod simulation;
 
@@ -195,6 +197,7 @@ async fn streams_are_forgotten_when_they_are_gone() {
     soon(there.read()).await.unwrap();
     here.destroy();
     soon(there.closed()).await;
+    assert_eq!(udx.table.by_peer.lock().len(), 1);
     // The side that destroyed the stream lingers to answer late packets.
     let left: Vec<_> = udx.table.lock().keys().copied().collect();
     assert_eq!(left, [here.id()]);

@@ -245,6 +245,54 @@ fn an_idle_connection_keeps_itself_alive_only_when_asked_to() {
     }
 }
 
+#[test]
+fn a_watched_connection_sends_heartbeats_only_while_it_is_silent() {
+    let mut link = Link::new(Weather::default(), 16);
+    let heartbeats = |link: &Link| link.sent.iter().filter(|(_, packet)| packet[2] == HEARTBEAT).count();
+    let now = link.now;
+    link.sides[0].connection.watch(true, now);
+    link.run_until(Duration::from_millis(7_600), |_| false);
+    assert_eq!(heartbeats(&link), 9, "one after each 750 ms and a round trip of 20 ms");
+    for _ in 0..100 {
+        let more = [&link.sides[1].to_write[..], b"x"].concat();
+        link.sides[1].to_write = Bytes::from(more);
+        link.run_until(Duration::from_millis(100), |_| false);
+    }
+    assert_eq!(heartbeats(&link), 9, "none while the other side is heard");
+    let now = link.now;
+    link.sides[0].connection.watch(false, now);
+    link.run_until(Duration::from_secs(10), |_| false);
+    assert_eq!(heartbeats(&link), 9);
+}
+
+#[test]
+fn reports_of_a_closed_port_end_no_connection_whose_peer_responds() {
+    for (loss_percent, delay) in [(0.0, 10), (2.0, 10), (0.0, 900)] {
+        let weather = Weather { loss_percent, delay: Duration::from_millis(delay), ..Weather::default() };
+        let mut link = Link::new(weather, 17);
+        link.sides[0].to_write = Bytes::from(pattern(100));
+        link.run_until(Duration::from_secs(10), |_| false);
+        let before = link.sent.len();
+        for _ in 0..600 {
+            let now = link.now;
+            link.sides[0].connection.on_port_closed(now);
+            link.run_until(Duration::from_millis(100), |_| false);
+        }
+        assert_eq!(link.sides[0].connection.closed(), None, "loss of {loss_percent} %, delay of {delay} ms");
+        assert!(link.sent.len() - before <= 1_000, "{} packets", link.sent.len() - before);
+        link.weather.loss_percent = 100.0;
+        let since = link.now;
+        while link.sides[0].connection.closed().is_none() {
+            let now = link.now;
+            link.sides[0].connection.on_port_closed(now);
+            link.run_until(Duration::from_millis(100), |_| false);
+        }
+        assert_eq!(link.sides[0].connection.closed(), Some(Err(StreamError::PortClosed)));
+        let limit = Duration::from_millis(600).max(Duration::from_millis(delay) * 8);
+        assert!(link.now - since <= limit, "took {:?}", link.now - since);
+    }
+}
+
 fn header(kind: u8, sequence: u32, ack: u32) -> Header {
     Header { kind, stream_id: 1, window_bytes: 1 << 20, sequence, ack }
 }
