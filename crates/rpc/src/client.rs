@@ -59,6 +59,9 @@ pub enum CallError {
     /// The connection closed before the answer was complete.
     #[error("the connection closed")]
     Closed,
+    /// The connection closed because the peer's process has ended.
+    #[error("its process has ended: its port is closed")]
+    PeerEnded,
     /// The peer sent something invalid.
     #[error("the peer broke the protocol")]
     Garbled,
@@ -80,7 +83,11 @@ impl From<CallError> for WireError {
             CallError::Deadline => Self::new(ErrorCode::DeadlineExceeded, "the deadline passed"),
             CallError::TooLarge { .. } => Self::new(ErrorCode::RequestTooLarge, error.to_string()),
             // These messages name no peer, because clients may see them.
-            CallError::Unreachable { .. } | CallError::NotAccepted | CallError::Stalled | CallError::Closed => {
+            CallError::Unreachable { .. }
+            | CallError::NotAccepted
+            | CallError::Stalled
+            | CallError::Closed
+            | CallError::PeerEnded => {
                 Self::new(ErrorCode::Unavailable, "a part of the network does not answer, try again")
             }
             CallError::Garbled | CallError::BadReply(_) => {

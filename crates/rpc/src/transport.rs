@@ -71,6 +71,11 @@ pub trait Connection: Send + Sync + 'static {
     /// Returns whether the connection is closed.
     fn is_closed(&self) -> bool;
 
+    /// Returns whether the connection closed because the peer's process has ended, as far as the transport can tell.
+    fn has_peer_ended(&self) -> bool {
+        false
+    }
+
     /// Closes the connection. Everything active on it fails at both ends.
     fn close(&self);
 }

@@ -118,12 +118,16 @@ impl ResponseStream {
     }
 
     async fn send(&self, frame: Bytes) -> Result<(), CallError> {
-        if self.channel.send(frame).await { Ok(()) } else { Err(CallError::Closed) }
+        if self.channel.send(frame).await { Ok(()) } else { Err(self.closed()) }
     }
 
     async fn receive(&mut self) -> Result<Frame, CallError> {
-        let bytes = self.channel.receive().await.ok_or(CallError::Closed)?;
+        let bytes = self.channel.receive().await.ok_or_else(|| self.closed())?;
         Frame::decode(bytes).map_err(|_| CallError::Garbled)
+    }
+
+    fn closed(&self) -> CallError {
+        if self.link.connection().has_peer_ended() { CallError::PeerEnded } else { CallError::Closed }
     }
 
     fn finish(&mut self, error: CallError) -> CallError {

@@ -6,6 +6,7 @@
 mod hints;
 mod strangers;
 mod turns;
+mod watch;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -25,6 +26,7 @@ use hyperswarm::hyperdht::{self, ConnectOptions, HyperDht, Server, ServerOptions
 use hyperswarm::protomux::{self, ChannelOptions, Overflow, Pairing, Protomux};
 use hyperswarm::rpc::{self as hyperswarm_rpc, Cause, IncomingRequest, RemoteError, Requests, Rpc, UNKNOWN_METHOD};
 use hyperswarm::secret_stream::SecretStream;
+use hyperswarm::udx::{self, StreamError};
 use parking_lot::{Mutex, MutexGuard};
 use protocol::signature::NodeKey;
 use protocol::{ErrorCode, PublicKey, Topic, WireError, codec};
@@ -35,6 +37,7 @@ use tracing::debug;
 use self::hints::Hints;
 use self::strangers::StreamLimits;
 use self::turns::in_turns;
+use self::watch::{Watch, Watches};
 use super::{Channel, Connection, Incoming, Reply, RequestError, Transport, TransportError};
 use crate::identity;
 
@@ -340,6 +343,7 @@ struct HyperswarmConnection {
     rpc: Rpc,
     /// What the peer opens; `None` if this node dialled. The side that dials sends requests and receives none.
     opened: Option<Opened>,
+    watches: Watches,
     closed: AtomicBool,
 }
 
@@ -363,10 +367,15 @@ impl HyperswarmConnection {
         let (rpc, requests) = Rpc::open(&mux, &server_key.0, &rpc_options).ok()?;
         let opened = takes_calls.then(|| Opened { requests, streams: mux.pair(STREAM_PROTOCOL, None) });
         mux.start();
-        Some(Self { remote_key, mux, rpc, opened, closed: AtomicBool::new(false) })
+        let watches = Watches::of(mux.stream().stream());
+        Some(Self { remote_key, mux, rpc, opened, watches, closed: AtomicBool::new(false) })
     }
 
-    async fn take(opened: &Opened) -> Option<Incoming> {
+    fn channel(&self, channel: protomux::Channel) -> HyperswarmChannel {
+        HyperswarmChannel { channel, _watch: self.watches.watch() }
+    }
+
+    async fn take(&self, opened: &Opened) -> Option<Incoming> {
         loop {
             tokio::select! {
                 // Requests come first, so that an introduction sent before a stream is handled before it.
@@ -379,7 +388,7 @@ impl HyperswarmConnection {
                 stream = opened.streams.next() => {
                     // A stream that its opener has closed already can be skipped.
                     if let Ok(channel) = stream?.accept(channel_options(REQUEST_QUEUE_BYTES, Overflow::Wait)) {
-                        return Some(Incoming::Channel(Box::new(HyperswarmChannel(channel))));
+                        return Some(Incoming::Channel(Box::new(self.channel(channel))));
                     }
                 }
             }
@@ -394,6 +403,7 @@ impl Connection for HyperswarmConnection {
     }
 
     async fn request(&self, method: &str, body: Bytes) -> Result<Bytes, RequestError> {
+        let _watch = self.watches.watch();
         match self.rpc.request(method, &hyperswarm_rpc::encode_buffer(&body)).await {
             Ok(value) => hyperswarm_rpc::decode_buffer(&value).map_err(|_| garbled().into()),
             Err(hyperswarm_rpc::RequestError::Remote(error)) => Err(wire_error(*error).into()),
@@ -411,12 +421,12 @@ impl Connection for HyperswarmConnection {
         let id = crypto::random::<16>();
         let options = channel_options(RESPONSE_QUEUE_BYTES, Overflow::Close);
         let channel = self.mux.open(STREAM_PROTOCOL, &id, options).map_err(|_| TransportError::Closed)?;
-        Ok(Box::new(HyperswarmChannel(channel)))
+        Ok(Box::new(self.channel(channel)))
     }
 
     async fn next(&self) -> Option<Incoming> {
         let next = match &self.opened {
-            Some(opened) => Self::take(opened).await,
+            Some(opened) => self.take(opened).await,
             None => {
                 self.mux.closed().await;
                 None
@@ -442,6 +452,10 @@ impl Connection for HyperswarmConnection {
 
     fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed) || self.mux.is_closed()
+    }
+
+    fn has_peer_ended(&self) -> bool {
+        self.mux.stream().stream().and_then(udx::Stream::error) == Some(StreamError::PortClosed)
     }
 
     fn close(&self) {
@@ -529,7 +543,10 @@ fn garbled() -> WireError {
 }
 
 /// The channel of one stream.
-struct HyperswarmChannel(protomux::Channel);
+struct HyperswarmChannel {
+    channel: protomux::Channel,
+    _watch: Watch,
+}
 
 impl fmt::Debug for HyperswarmChannel {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -540,16 +557,16 @@ impl fmt::Debug for HyperswarmChannel {
 #[async_trait]
 impl Channel for HyperswarmChannel {
     async fn send(&self, message: Bytes) -> bool {
-        self.0.room().await.is_ok() && self.try_send(message)
+        self.channel.room().await.is_ok() && self.try_send(message)
     }
 
     fn try_send(&self, message: Bytes) -> bool {
-        self.0.send(FRAME, &[&message]).is_ok()
+        self.channel.send(FRAME, &[&message]).is_ok()
     }
 
     async fn receive(&self) -> Option<Bytes> {
         loop {
-            let message = self.0.receive().await?;
+            let message = self.channel.receive().await?;
             if message.kind == FRAME {
                 return Some(message.payload);
             }
@@ -558,7 +575,7 @@ impl Channel for HyperswarmChannel {
     }
 
     fn try_receive(&self) -> Option<Bytes> {
-        let message = self.0.try_receive()?;
+        let message = self.channel.try_receive()?;
         (message.kind == FRAME).then_some(message.payload)
     }
 }
