@@ -38,7 +38,7 @@ pub struct Config {
     pub caller_stall_secs: u64,
     /// Seconds within which a job's first token must come, if the caller sets no deadline.
     pub deadline_secs: u64,
-    /// Seconds that running jobs have to finish when the orchestrator stops. Workers have the same time by default.
+    /// Seconds that running jobs have to finish when the orchestrator stops.
     pub drain_secs: u64,
     /// Seconds after which a reservation expires unless it is renewed. It is renewed after a third of this time.
     pub lease_secs: u64,

@@ -240,6 +240,10 @@ pub enum Fault {
     None,
     /// The worker did not acknowledge the job.
     Unacknowledged,
+    /// The worker's process has ended.
+    Ended,
+    /// The worker stops, and hands the job over.
+    Leaving,
     /// The worker broke the contract, or lied.
     Breach,
 }
@@ -357,8 +361,9 @@ pub async fn attempt(
     let mut answer = match opened {
         Ok(answer) => answer,
         Err(error) => {
-            let fault = if matches!(error, CallError::Remote(_)) { Fault::None } else { Fault::Unacknowledged };
+            let is_refusal = matches!(error, CallError::Remote(_));
             let error = failure(error, bounds, deadline);
+            let fault = if is_refusal { fault_of(&error) } else { Fault::Unacknowledged };
             return AttemptEnd::Failed { error, fault, usage: TokenUsage::default() };
         }
     };
@@ -377,9 +382,16 @@ pub async fn attempt(
         Relay::CallerGone => AttemptEnd::CallerGone { usage: delivery.read_of(usage) },
         Relay::Failed { error, fault } => AttemptEnd::Failed { error, fault, usage },
         Relay::Broken(error) => {
-            AttemptEnd::Failed { error: failure(error, bounds, deadline), fault: Fault::None, usage }
+            let has_ended = error == CallError::PeerEnded;
+            let error = failure(error, bounds, deadline);
+            let fault = if has_ended { Fault::Ended } else { fault_of(&error) };
+            AttemptEnd::Failed { error, fault, usage }
         }
     }
+}
+
+fn fault_of(error: &WireError) -> Fault {
+    if error.code == ErrorCode::WorkerStopping { Fault::Leaving } else { Fault::None }
 }
 
 /// How the relay of an answer ended.

@@ -64,6 +64,8 @@ pub struct Journey {
     barred: Vec<(Tried, Instant)>,
     /// How many workers in a row took the job and failed to continue the answer.
     fruitless: u32,
+    /// How many workers handed it over because they stop.
+    pub handed_over: u32,
     /// What the caller has of the answers.
     pub journal: Journal,
     /// What was delivered, over all attempts that continue the answer.
@@ -125,6 +127,7 @@ impl Journey {
             tried: vec![],
             barred: vec![],
             fruitless: 0,
+            handed_over: 0,
             journal: Journal::new(&request.input),
             meter: None,
             had: 0,
@@ -186,18 +189,18 @@ impl Journey {
         self.journal.progress() > self.had
     }
 
-    /// Returns how many attempts failed, including the current one. Attempts that delivered something, or that no
-    /// worker acknowledged, do not count.
+    /// Returns how many attempts failed, including the current one. Attempts that delivered something, that no worker
+    /// acknowledged, or that a stopping worker handed over, do not count.
     pub fn failures(&self, part: Part, fault: Fault) -> u32 {
         match part {
             Part::Continuable { progressed: true, .. } => 0,
             Part::Continuable { .. } => self.fruitless + u32::from(self.is_fruitless(fault)),
-            Part::Nothing | Part::Final => self.tried.len() as u32,
+            Part::Nothing | Part::Final => (self.tried.len() as u32).saturating_sub(self.handed_over),
         }
     }
 
     fn is_fruitless(&self, fault: Fault) -> bool {
-        self.is_dispatched && fault != Fault::Unacknowledged
+        self.is_dispatched && !matches!(fault, Fault::Unacknowledged | Fault::Leaving)
     }
 
     /// Returns what was delivered, over all attempts that continue the answer.

@@ -265,11 +265,15 @@ impl Orchestrator {
     async fn after(&self, journey: &mut Journey, end: AttemptEnd, delivery: &mut Delivery) -> ControlFlow<AttemptEnd> {
         let AttemptEnd::Failed { error, fault, .. } = &end else { return ControlFlow::Break(end) };
         journey.note(error.code.as_str());
-        if *fault == Fault::Unacknowledged
-            && let Some(reservation) = &journey.reservation
-        {
-            self.set_aside(reservation.worker_id, journey.attempt_began);
+        let aside = match fault {
+            Fault::Unacknowledged => Some("it did not acknowledge a job"),
+            Fault::Ended => Some("its port is closed, so its process has ended"),
+            Fault::None | Fault::Leaving | Fault::Breach => None,
+        };
+        if let Some((reason, reservation)) = aside.zip(journey.reservation.as_ref()) {
+            self.set_aside(reservation.worker_id, journey.attempt_began, reason);
         }
+        journey.handed_over += u32::from(*fault == Fault::Leaving);
         if error.code == ErrorCode::EngineCrashed && self.crashed(journey, error) {
             return ControlFlow::Break(AttemptEnd::Dead { error: refusals::crashes_engines() });
         }
@@ -303,6 +307,8 @@ impl Orchestrator {
                     // While the answer waits for a worker, none fails.
                     if journey.is_dispatched {
                         self.count_failover(error.code, "mid_stream");
+                        let (id, reason) = (journey.request.correlation_id, &error.message);
+                        info!(correlation_id = %id, reason, "an answer is to be continued by another worker");
                     }
                     journey.interrupt(*fault, |worker, since| self.has_reported(worker, since));
                 }
@@ -333,12 +339,12 @@ impl Orchestrator {
         self.metrics.failovers.get_or_create(&PhaseLabel { phase }).inc();
     }
 
-    /// Sets a worker aside that did not acknowledge a job of an attempt that began at `began`. It is taken back as soon
-    /// as it responds on a newer connection, because then only the old one was at fault.
-    fn set_aside(&self, worker: WorkerId, began: Instant) {
+    /// Sets a worker aside that does not respond, after an attempt that began at `began`. It is taken back as soon as it
+    /// responds on a newer connection, because then only the old one was at fault.
+    fn set_aside(&self, worker: WorkerId, began: Instant, reason: &str) {
         let until = Instant::now() + Duration::from_secs(self.config.set_aside_secs);
         self.fleet.set_aside(worker, until);
-        warn!(worker = worker.short(), "worker set aside: it did not acknowledge a job");
+        warn!(worker = worker.short(), reason, "a worker is set aside");
         let (client, fleet) = (self.client.clone(), self.fleet.clone());
         self.checks.spawn(async move {
             if client.check(worker, CHECK_WITHIN).await.is_ok_and(|opened_at| opened_at > began) {

@@ -48,7 +48,7 @@ pub struct Config {
     /// it off only for a GPU driver that does not work that way: a malicious model file can then read what this program
     /// can read. `tether doctor` shows what this machine supports.
     pub engine_sandbox: bool,
-    /// Seconds that jobs have to finish when the worker stops.
+    /// Seconds that jobs have to finish when the worker stops. After that, other workers continue them.
     pub drain_secs: u64,
     /// Seconds for which a model's server may be silent before the first token of an answer. After that the attempt
     /// fails, and the job goes to another worker if there is one. A server is silent while a request is queued or its
@@ -274,7 +274,7 @@ impl Default for Config {
             keep_alive_secs_min: 0,
             keep_alive_secs_max: -1,
             engine_sandbox: true,
-            drain_secs: 30,
+            drain_secs: 20,
             server_stall_secs: 120,
             latency_hops: 0,
         }

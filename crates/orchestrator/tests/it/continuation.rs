@@ -110,6 +110,28 @@ async fn nobody_tries_a_fourth_time_to_continue_an_answer() {
 }
 
 #[tokio::test]
+async fn stopping_workers_hand_a_job_over_and_it_counts_against_nobody() {
+    // Before its first token, after some, and by workers that add none.
+    for chunks in [0, 2] {
+        let stand = stand(Config { attempts_max: 1, ..Config::default() }).await;
+        let mut workers = vec![];
+        for number in 1..=6 {
+            workers.push(stand.worker(number, Manner::LeaveAfter(chunks)).await);
+        }
+        workers.sort_by_key(|worker| worker.key.public_key());
+        *workers[5].manner.lock() = Manner::Answer(4);
+        for _ in 0..10 {
+            let answer = stand.answer(&stand.job()).await.expect("answered");
+            assert_eq!((answer.len(), check(&answer).payload.continued), (5, u32::from(chunks > 0)));
+        }
+        assert_eq!(workers.iter().map(Worker::jobs_seen).collect::<Vec<_>>(), [10; 6], "nobody is ejected");
+        assert!(stand.usage().await.iter().all(|usage| usage.usage.completion_tokens == 4));
+        let breaker = format!("tether_breaker_transitions_total{{model=\"{}\"", stand.job().model());
+        assert!(!stand.metrics.encode().contains(&breaker), "no breaker opens");
+    }
+}
+
+#[tokio::test]
 async fn an_answer_waits_for_a_worker_that_can_continue_it() {
     let stand = stand(Config::default()).await;
     let only = stand.worker(1, Manner::DieAfter(2)).await;

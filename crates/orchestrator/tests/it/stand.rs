@@ -57,6 +57,8 @@ pub(crate) enum Manner {
     Idle,
     /// Is stopped after this many chunks.
     StopAfter(u64),
+    /// Stops after so many chunks, and lists their tokens, so that another worker can continue.
+    LeaveAfter(u64),
     /// Says nothing at all.
     Mute,
     /// Takes the job, sends one chunk, and waits until it is cancelled.
@@ -430,6 +432,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         | Manner::DieAfter(chunks)
         | Manner::CrashAfter(chunks)
         | Manner::StopAfter(chunks)
+        | Manner::LeaveAfter(chunks)
         | Manner::DieUntold(chunks) => chunks,
         Manner::Hang | Manner::WrongAttempt | Manner::AnswerAs(_) | Manner::Only(_) => 1,
         Manner::Crash(_) | Manner::Idle | Manner::Wait | Manner::Read(_) | Manner::FallSilent(_) => 0,
@@ -479,7 +482,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         Manner::CrashAfter(_) => {
             let _ = reply.fail(WireError::new(ErrorCode::EngineCrashed, "the engine crashed, try again")).await;
         }
-        Manner::StopAfter(_) => {
+        Manner::StopAfter(_) | Manner::LeaveAfter(_) => {
             let _ = reply.fail(WireError::new(ErrorCode::WorkerStopping, "the worker is stopping")).await;
         }
         Manner::Crash(suspects) => {
