@@ -62,6 +62,11 @@ const CHECK_WITHIN: Duration = Duration::from_secs(5);
 /// How long this process must have been stopped for its connections to be checked.
 const PAUSE: Duration = Duration::from_secs(3);
 const PAUSE_CHECKED_EVERY: Duration = Duration::from_millis(500);
+/// How long after a restart jobs wait for the workers that were known before to report again. A worker that has not
+/// done so by then is gone.
+const WORKERS_RETURN_WITHIN: Duration = Duration::from_secs(15);
+/// How often a job that waits looks for them.
+const WORKERS_LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Dependencies of an [`Orchestrator`].
 pub struct OrchestratorParts {
@@ -100,6 +105,8 @@ pub struct Orchestrator {
     checks: TaskTracker,
     answers: Arc<Answers>,
     sealing_key: SealingKey,
+    /// Until when jobs wait for workers that were known before this start.
+    workers_return_by: Instant,
 }
 
 impl Orchestrator {
@@ -129,7 +136,7 @@ impl Orchestrator {
     /// Makes one attempt, on the worker with the best score.
     async fn attempt(&self, journey: &mut Journey, delivery: &mut Delivery) -> Result<AttemptEnd, WireError> {
         journey.is_dispatched = false;
-        let worker = self.choose_worker(journey)?;
+        let worker = self.find_worker(journey, delivery).await?;
         journey.attempt_began = Instant::now();
         self.pass_breaker(journey)?;
         self.reserve(journey, &worker).await?;
@@ -138,6 +145,22 @@ impl Orchestrator {
             self.fleet.expect_fetch(worker.worker_id, journey.model());
         }
         self.dispatch(journey, delivery).await
+    }
+
+    /// Chooses a worker. Soon after a restart, a job waits for the workers that were known before.
+    async fn find_worker(&self, journey: &mut Journey, delivery: &mut Delivery) -> Result<Candidate, WireError> {
+        loop {
+            let chosen = self.choose_worker(journey);
+            let is_missing = chosen.as_ref().is_err_and(|error| error.code == ErrorCode::NoCapacity);
+            if !is_missing || Instant::now() >= self.workers_return_by.min(journey.deadline) {
+                return chosen;
+            }
+            tokio::select! {
+                () = time::sleep(WORKERS_LOOK_EVERY) => {}
+                // The caller's end is noticed once more where it is handled.
+                () = delivery.gone() => return chosen,
+            }
+        }
     }
 
     fn choose_worker(&self, journey: &mut Journey) -> Result<Candidate, WireError> {
@@ -620,6 +643,8 @@ impl Orchestrator {
         let mut regions = vec![region.clone()];
         regions.extend(config.near_regions.iter().cloned());
         let marks = store.high_waters().await?;
+        let return_within = if marks.is_empty() { Duration::ZERO } else { WORKERS_RETURN_WITHIN };
+        let workers_return_by = Instant::now() + return_within;
         let search = Search::new(transport.clone(), client.clone(), fleet.clone(), regions.clone());
         let discovery = DiscoverySub::new(
             fleet.clone(),
@@ -656,6 +681,7 @@ impl Orchestrator {
             checks: TaskTracker::new(),
             answers: Arc::default(),
             sealing_key,
+            workers_return_by,
             config,
         });
 
