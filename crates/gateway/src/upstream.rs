@@ -1,7 +1,7 @@
 //! Calls the registries and orchestrators of the region, with retries on other peers.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,6 +24,8 @@ const CALL: Duration = Duration::from_secs(2);
 const APPEAR: Duration = Duration::from_secs(1);
 /// How many times all orchestrators are tried in turn.
 const ROUNDS: u32 = 3;
+/// How long a job waits for orchestrators that restart. They let their jobs finish first.
+const RESTART: Duration = Duration::from_secs(40);
 /// The longest wait before the second round; it doubles with each further round.
 const BACKOFF: Duration = Duration::from_millis(75);
 /// The longest wait between rounds.
@@ -35,6 +37,8 @@ pub(crate) struct Upstream {
     directory: Directory,
     /// Counts calls, so that each starts with the next peer (round-robin).
     turn: AtomicUsize,
+    /// Whether an orchestrator was ever found, and so may come back.
+    had_orchestrator: AtomicBool,
 }
 
 /// When a job's answer must have begun, and how long its stream may be silent.
@@ -62,7 +66,7 @@ impl Upstream {
         let client = Client::new(transport.clone()).with_membership(membership);
         let (directory, task) = Directory::new(transport, client.clone(), Topic::Control(region));
         let task = UpstreamTask { directory: task, membership: MembershipTask::new(client.clone(), directory.clone()) };
-        (Self { client, directory, turn: AtomicUsize::new(0) }, task)
+        (Self { client, directory, turn: AtomicUsize::new(0), had_orchestrator: AtomicBool::new(false) }, task)
     }
 
     /// Returns the membership: which nodes belong to the network.
@@ -109,12 +113,26 @@ impl Upstream {
         let mut last = away(NodeRole::Orchestrator);
         let mut may_be_known = false;
         let mut backoff = Backoff::new(BACKOFF, BACKOFF_MAX, id.0.as_u128() as u64);
-        for round in 0..ROUNDS {
+        let restarted_by = timeouts.deadline.min(Instant::now() + RESTART);
+        let mut restarts = false;
+        for round in 0.. {
             if round > 0 {
+                if round >= ROUNDS && !(restarts && Instant::now() < restarted_by) {
+                    break;
+                }
                 time::sleep(backoff.next_wait()).await;
             }
+            let peers = match self.peers(NodeRole::Orchestrator, job).await {
+                Ok(peers) => peers,
+                Err(error) if !self.had_orchestrator.load(Ordering::Relaxed) => return Err(error),
+                Err(error) => {
+                    (last, restarts) = (error, true);
+                    continue;
+                }
+            };
+            self.had_orchestrator.store(true, Ordering::Relaxed);
             let mut is_one_full = None;
-            for peer in self.peers(NodeRole::Orchestrator, job).await? {
+            for peer in peers {
                 let left = timeouts.deadline.saturating_duration_since(Instant::now());
                 // An orchestrator accepts once a worker has sent something, which may take until the job's deadline.
                 let options = StreamOptions { accept_within: left, deadline: Some(left), stall: timeouts.stall };
@@ -122,6 +140,7 @@ impl Upstream {
                     Ok(begun) => return Ok(begun),
                     Err(_) if timeouts.deadline <= Instant::now() => return Err(CallError::Deadline.into()),
                     Err(error) => {
+                        restarts = may_restart(&error);
                         // An orchestrator that refused the job does not run it. One whose connection broke may still
                         // run it.
                         let refused = matches!(error, CallError::Remote(_) | CallError::Unreachable { .. });
@@ -214,6 +233,15 @@ fn is_own_repeat(request: &InferRequest, code: ErrorCode) -> bool {
     match code {
         ErrorCode::IdempotencyInProgress => true,
         ErrorCode::IdempotencyKeyReused => request.fingerprint.is_none(),
+        _ => false,
+    }
+}
+
+/// Returns whether a node may be restarting: it cannot be reached, or it refuses calls without saying for how long.
+fn may_restart(error: &CallError) -> bool {
+    match error {
+        CallError::Unreachable { .. } => true,
+        CallError::Remote(error) => error.code == ErrorCode::Unavailable && error.retry_after_ms.is_none(),
         _ => false,
     }
 }

@@ -273,10 +273,16 @@ impl Fake {
         if prompt == "vanish" {
             return;
         }
+        let is_this = |job: &&InferRequest| job.correlation_id == request.correlation_id;
+        let times = self.jobs.lock().iter().filter(is_this).count();
+        // Refuses so many calls as a node does that stops.
+        if let Some(refusals) = prompt.strip_prefix("away ")
+            && times <= refusals.parse().expect("a number")
+        {
+            return call.refuse(WireError::new(ErrorCode::Unavailable, "this node is stopping")).await;
+        }
         // Breaks off with a job that it has written, and finds it there when it comes again.
         if prompt == "restart" {
-            let is_this = |job: &&InferRequest| job.correlation_id == request.correlation_id;
-            let times = self.jobs.lock().iter().filter(is_this).count();
             if times > 1 {
                 return call.refuse(WireError::new(ErrorCode::IdempotencyInProgress, "a job of it exists")).await;
             }

@@ -257,6 +257,14 @@ async fn an_orchestrator_that_vanishes_is_tried_again_and_then_told_of() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_for_an_orchestrator_that_restarts() {
+    let network = Network::start().await;
+    assert_eq!(network.chat("away 5").await.status(), 200);
+    assert_eq!(network.fake.jobs.lock().len(), 6);
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_gateway_that_is_full_says_so() {
     let network = Network::start_with(Config { jobs_max: 1, ..config() }).await;
     let held = network.chat_streamed("silent").await;
