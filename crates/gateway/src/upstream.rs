@@ -237,7 +237,7 @@ fn is_own_repeat(request: &InferRequest, code: ErrorCode) -> bool {
     }
 }
 
-/// Returns whether a node may be restarting: it cannot be reached, or it refuses calls without saying for how long.
+/// Returns whether a node may be restarting: it cannot be reached, or it is stopping, which names no time to wait.
 fn may_restart(error: &CallError) -> bool {
     match error {
         CallError::Unreachable { .. } => true,

@@ -530,9 +530,10 @@ fn too_many() -> WireError {
         .with_retry_after(Duration::from_secs(1))
 }
 
+/// The error of a node that stops. It names no time to wait, unlike those of a busy node: another may take the call at
+/// once, and how long a restart takes is not known here.
 fn stopping() -> WireError {
     WireError::new(ErrorCode::Unavailable, "this node is stopping, try another")
-        .with_retry_after(Duration::from_secs(1))
 }
 
 fn unknown(method: &str) -> WireError {
