@@ -1,9 +1,13 @@
+use std::sync::Arc;
+
+use metadata_store::{JobStore as _, SqliteStore};
 use protocol::UnixMillis;
 use protocol::health::{EXPIRY, KIND, REPORT_BYTES_MAX};
+use protocol::presence::HighWater;
 use protocol::signature::Signed;
 use tether_orchestrator::Config;
 
-use crate::stand::{Manner, stand};
+use crate::stand::{Manner, key, stand, stand_on};
 
 #[tokio::test]
 async fn replayed_forged_stale_and_unbound_reports_are_dropped_and_counted_by_reason() {
@@ -63,4 +67,19 @@ async fn marks_outlive_the_orchestrator_so_that_old_reports_stay_replays() {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     panic!("the mark was not written within three seconds");
+}
+
+#[tokio::test]
+async fn a_job_waits_for_a_worker_that_was_known_before_a_restart() {
+    let store = Arc::new(SqliteStore::in_memory().expect("a store"));
+    store.raise_high_water(vec![(key(1).public_key(), HighWater { epoch: 0, seq: 1 })]).await.expect("written");
+    let stand = stand_on(store, Config::default()).await;
+    let job = stand.job();
+    let returning = async {
+        // By then, a job without a worker would have been refused.
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        stand.worker(1, Manner::Answer(2)).await
+    };
+    let (answer, _worker) = tokio::join!(stand.answer(&job), returning);
+    assert_eq!(answer.expect("answered").len(), 3);
 }
