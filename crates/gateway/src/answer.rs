@@ -16,10 +16,12 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error};
 
 use crate::request_record::RequestRecord;
+use crate::upstream;
 use whole::Gathering;
 
 pub(crate) use stream_format::StreamFormat;
@@ -141,6 +143,8 @@ pub struct Answer {
     first: Option<Piece>,
     record: RequestRecord,
     tracker: TaskTracker,
+    /// Cancelled when the gateway's drain time is over.
+    cut: CancellationToken,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -152,6 +156,7 @@ impl Answer {
         expected: Expected,
         mut record: RequestRecord,
         tracker: TaskTracker,
+        cut: CancellationToken,
         permit: OwnedSemaphorePermit,
     ) -> Result<Self, WireError> {
         let Begun { stream, first, origin } = begun;
@@ -169,6 +174,7 @@ impl Answer {
             first: None,
             record,
             tracker,
+            cut,
             _permit: permit,
         };
         answer.first = answer.take(first.map(Ok)).transpose()?;
@@ -257,10 +263,11 @@ impl Answer {
         Ok(())
     }
 
-    /// Waits for the whole answer.
+    /// Waits for the whole answer, at most until the gateway's drain time is over.
     pub(crate) async fn collect(&mut self) -> Result<Whole, WireError> {
         let mut gathering = Gathering::new(self.check.expected);
-        while let Some(piece) = self.next().await {
+        let cut = self.cut.clone();
+        while let Some(piece) = cut.run_until_cancelled(self.next()).await.ok_or_else(upstream::stopping)? {
             gathering.add(piece?).map_err(broken)?;
         }
         gathering.finish().map_err(broken)
@@ -375,7 +382,7 @@ pub(crate) fn broken(what: &str) -> WireError {
 /// Converts an error for the client. Codes that nodes use only among themselves are translated.
 pub(crate) fn for_clients(error: CallError) -> WireError {
     match error {
-        CallError::Closed | CallError::Stalled => {
+        CallError::Closed | CallError::Stalled | CallError::PeerEnded => {
             WireError::new(ErrorCode::Unavailable, "the connection to the network broke off, try again")
         }
         other => WireError::from(other).for_clients(),

@@ -282,9 +282,11 @@ impl Gateway {
             let entries = builds.into_iter().map(|build| build.entry).collect();
             Ok((begun.map_err(|error| repeat.name_key(error.for_clients()))?, entries, expected))
         };
-        match opened.await {
+        let opened = self.cut().run_until_cancelled(opened).await;
+        match opened.unwrap_or_else(|| Err(upstream::stopping())) {
             Ok((begun, entries, expected)) => {
-                Answer::begin(begun, entries, expected, record, self.inner.tracker.clone(), permit)
+                let (tracker, cut) = (self.inner.tracker.clone(), self.cut().clone());
+                Answer::begin(begun, entries, expected, record, tracker, cut, permit)
             }
             Err(error) => {
                 let error: WireError = error;

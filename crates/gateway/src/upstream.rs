@@ -140,7 +140,8 @@ impl Upstream {
                     Ok(begun) => return Ok(begun),
                     Err(_) if timeouts.deadline <= Instant::now() => return Err(CallError::Deadline.into()),
                     Err(error) => {
-                        restarts = may_restart(&error);
+                        // One that stops refuses calls at first, and then breaks off or cannot be reached.
+                        restarts |= may_restart(&error);
                         // An orchestrator that refused the job does not run it. One whose connection broke may still
                         // run it.
                         let refused = matches!(error, CallError::Remote(_) | CallError::Unreachable { .. });
@@ -240,7 +241,7 @@ fn is_own_repeat(request: &InferRequest, code: ErrorCode) -> bool {
 /// Returns whether a node may be restarting: it cannot be reached, or it is stopping, which names no time to wait.
 fn may_restart(error: &CallError) -> bool {
     match error {
-        CallError::Unreachable { .. } => true,
+        CallError::Unreachable { .. } | CallError::PeerEnded => true,
         CallError::Remote(error) => error.code == ErrorCode::Unavailable && error.retry_after_ms.is_none(),
         _ => false,
     }

@@ -4,7 +4,7 @@ use protocol::infer::InferChunk;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::{Network, chat_body, config, fake};
+use crate::{Network, chat_body, config, expect_error, fake};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chat_completion_has_the_shape_clients_expect() {
@@ -297,6 +297,22 @@ async fn repeats_with_only_a_retry_token_are_one_job_whatever_their_deadline() {
     assert_eq!(send(1, body).await.correlation_id.to_string(), named);
     let without = send(1, json!({"modelId": "tiny", "input": "hi"})).await;
     assert_eq!((without.fingerprint, without.correlation_id.0.get_version_num()), (None, 7));
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_answer_that_outlives_the_drain_of_its_gateway_is_an_error_with_a_response() {
+    let network = Network::start().await;
+    let stop = async {
+        while network.fake.jobs.lock().len() < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        network.gateway_stop.cancel();
+    };
+    let (begun, waiting, ()) = tokio::join!(network.chat("silent"), network.chat("queued"), stop);
+    for response in [begun, waiting] {
+        expect_error(response, 503, "unavailable", None).await;
+    }
     network.end().await;
 }
 
