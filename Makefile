@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test interop templates bench bench-engine lint audit fuzz clean
+.PHONY: help build dist demo up test interop rolling templates bench bench-engine lint audit fuzz clean
 
 # dev shares one build between tests and programs; release is for users.
 PROFILE ?= release
@@ -51,6 +51,10 @@ test: ## Runs every test, and replays the inputs that fuzzers found
 interop: build ## Tests against OpenAI's SDKs, Node's Hyperswarm, llama-server and our client for Node
 	@scripts/setup interop
 	TETHER_BIN=$(PROGRAM) interop/run
+
+rolling: build ## Restarts every process of a network in turn while clients ask, and counts failures (REQUESTS=10000)
+	@scripts/setup interop
+	TETHER_BIN=$(PROGRAM) REQUESTS=$(or $(REQUESTS),10000) interop/run servers -s -k rolling
 
 templates: ## Compares the chat templates of a folder with jinja2 (FOLDER=…)
 	@scripts/setup interop
