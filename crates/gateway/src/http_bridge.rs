@@ -43,6 +43,8 @@ use crate::origin_permits::OriginPermit;
 
 /// The pause after `accept` failed, for example for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How many connections that the kernel has accepted are still served when the gateway stops.
+const BACKLOG_MAX: usize = 4096;
 /// Why a gateway cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
@@ -104,26 +106,29 @@ impl HttpBridge {
         let connections = Connections::new(gateway, tls, stop.clone(), abort.clone());
         info!(%address, "serving HTTP");
         let open = tokio_util::task::TaskTracker::new();
+        let take = |stream: TcpStream, peer: SocketAddr| {
+            let slot = slots.clone().try_acquire_owned();
+            match (slot, connections.permit(peer.ip())) {
+                (Ok(slot), Ok(permit)) => {
+                    open.spawn(hold(connections.clone(), stream, peer, (slot, permit)));
+                }
+                _ if connections.is_tls() => drop(stream),
+                (_, Err(TooMany)) => turn_away.address_full(stream, &open),
+                (Err(_), Ok(_)) => turn_away.full(stream, &open),
+            }
+        };
         while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
             match accepted {
-                Ok((stream, peer)) => {
-                    let slot = slots.clone().try_acquire_owned();
-                    match (slot, connections.permit(peer.ip())) {
-                        (Ok(slot), Ok(permit)) => {
-                            open.spawn(hold(connections.clone(), stream, peer, (slot, permit)));
-                        }
-                        _ if connections.is_tls() => drop(stream),
-                        (_, Err(TooMany)) => turn_away.address_full(stream, &open),
-                        (Err(_), Ok(_)) => turn_away.full(stream, &open),
-                    }
-                }
+                Ok((stream, peer)) => take(stream, peer),
                 Err(error) => {
                     debug!(%error, "no connection could be accepted");
                     time::sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
-        drop(listener);
+        for (stream, peer) in close(listener) {
+            take(stream, peer);
+        }
         open.close();
         if time::timeout(drain, open.wait()).await.is_err() {
             warn!(connections = open.len(), "closing connections that did not end in time");
@@ -131,6 +136,17 @@ impl HttpBridge {
             open.wait().await;
         }
     }
+}
+
+/// Closes a listener. Returns the connections that the kernel had accepted for it, whose clients would see them reset.
+fn close(listener: TcpListener) -> Vec<(TcpStream, SocketAddr)> {
+    let Ok(listener) = listener.into_std() else { return vec![] };
+    let waiting = std::iter::from_fn(|| listener.accept().ok()).take(BACKLOG_MAX);
+    let usable = waiting.filter_map(|(stream, peer)| {
+        stream.set_nonblocking(true).ok()?;
+        Some((TcpStream::from_std(stream).ok()?, peer))
+    });
+    usable.collect()
 }
 
 /// The permits of a connection: one of the gateway's, and one of its address.

@@ -39,6 +39,8 @@ use crate::request_context::Origin;
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 /// Maximum number of header lines.
 const HEADERS_MAX: usize = 100;
+/// How long a client that has connected to a gateway that stops may take to send its first request.
+const FIRST_REQUEST_WITHIN: Duration = Duration::from_millis(500);
 /// Maximum number of concurrent streams on an HTTP/2 connection.
 const STREAMS_MAX: u32 = 256;
 /// Maximum number of HTTP/2 requests that a client takes back before they are accepted.
@@ -134,10 +136,12 @@ impl Shared {
         let excess = CancellationToken::new();
         let end = CancellationToken::new();
         let _ended = end.clone().drop_guard();
+        let asked = CancellationToken::new();
         let io = TokioIo::new(Watched::new(stream, activity.clone()));
         let service = hyper::service::service_fn(|mut request: Request<Incoming>| {
             request.extensions_mut().insert(arrived_at);
             request.extensions_mut().insert(ConnectionEnd(end.clone()));
+            asked.cancel();
             let guard = activity.request(request.version() == Version::HTTP_2);
             let (shared, excess) = (self.clone(), excess.clone());
             async move {
@@ -153,6 +157,11 @@ impl Shared {
         let mut connection = pin!(self.server.serve_connection(io, service));
         let mut watch = pin!(activity.watch(self.timeouts));
         let mut stopping = false;
+        let mut stop = pin!(async {
+            self.stop.cancelled().await;
+            // Hyper would close a connection whose first request it has not read, and the client could not send it again.
+            let _ = time::timeout(FIRST_REQUEST_WITHIN, asked.cancelled()).await;
+        });
         loop {
             tokio::select! {
                 outcome = connection.as_mut() => {
@@ -170,7 +179,7 @@ impl Shared {
                     return;
                 }
                 () = self.abort.cancelled() => return,
-                () = self.stop.cancelled(), if !stopping => {
+                () = stop.as_mut(), if !stopping => {
                     stopping = true;
                     connection.as_mut().graceful_shutdown();
                 }

@@ -184,3 +184,24 @@ async fn an_http2_client_that_takes_back_a_request_cancels_its_job() {
     drop(sender);
     network.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_has_just_connected_gets_its_answer_from_a_gateway_that_stops() {
+    let network = Network::start().await;
+    network.get("/v1/models").await;
+    let mut connected = vec![];
+    for _ in 0..50 {
+        connected.push(TcpStream::connect(network.address).await.expect("connected"));
+    }
+    network.gateway_stop.cancel();
+    let body = chat_body("hi").to_string();
+    let request = head(&format!("connection: close\r\ncontent-length: {}\r\n", body.len())) + &body;
+    for stream in &mut connected {
+        stream.write_all(request.as_bytes()).await.expect("the connection is open");
+    }
+    for stream in &mut connected {
+        let answer = read(stream, LONG).await;
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    }
+    network.end().await;
+}
