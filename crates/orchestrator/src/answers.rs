@@ -14,7 +14,7 @@ use metadata_store::JobKey;
 use parking_lot::Mutex;
 use protocol::infer::Origin;
 use protocol::usage::TokenUsage;
-use protocol::{UnixMillis, WireError};
+use protocol::{ErrorCode, TenantId, UnixMillis, WireError};
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -24,6 +24,8 @@ pub(crate) const ANSWER_BYTES_MAX: usize = 8 << 20;
 /// Bytes of all running answers together up to which they are kept whole.
 const ANSWERS_BYTES_MAX: usize = 256 << 20;
 
+/// The most jobs of a tenant that go on without a reader. Nobody pays for what nobody reads.
+const LINGERING_MAX: usize = 16;
 /// How long an answer stays after its end.
 const STAYS: Duration = Duration::from_mins(1);
 
@@ -31,7 +33,9 @@ const STAYS: Duration = Duration::from_mins(1);
 #[derive(Default)]
 pub(crate) struct Answers {
     answers: Mutex<HashMap<JobKey, Arc<Shared>>>,
-    bytes: AtomicUsize,
+    bytes: Arc<AtomicUsize>,
+    /// The jobs of each tenant that go on without a reader.
+    lingering: Mutex<HashMap<TenantId, usize>>,
 }
 
 /// What a call finds under its key.
@@ -41,11 +45,37 @@ pub(crate) enum Found {
     Answer(Reader),
     /// The answer of another request.
     Other,
+    /// A call of another request is finding out whether the job of this key is known.
+    Undecided(Undecided),
+}
+
+/// A key whose first call has not begun its job yet.
+pub(crate) struct Undecided(watch::Receiver<State>);
+
+impl Undecided {
+    /// Waits until it is known whether the call runs a job.
+    pub(crate) async fn decided(mut self) {
+        let _ = self.0.wait_for(State::is_decided).await;
+    }
+}
+
+impl State {
+    fn is_decided(&self) -> bool {
+        self.origin.is_some() || self.end.is_some()
+    }
 }
 
 struct Shared {
     fingerprint: [u8; 32],
     state: watch::Sender<State>,
+    /// The bytes of all answers, to which it adds its own.
+    bytes: Arc<AtomicUsize>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.bytes.fetch_sub(self.state.borrow().bytes, Ordering::Relaxed);
+    }
 }
 
 #[derive(Default)]
@@ -55,8 +85,10 @@ struct State {
     /// Number of the first of them. It is above 0 if the answer was too long to be kept whole.
     first: usize,
     bytes: usize,
-    /// The last chunk without a part of the answer, and how many there were.
-    progress: Option<(u64, Bytes)>,
+    /// The last chunk without a part of the answer, unless a part followed it.
+    progress_chunk: Option<Bytes>,
+    /// How many chunks without a part of the answer there were.
+    progress: u64,
     origin: Option<Origin>,
     end: Option<Result<(), WireError>>,
     ended_at: Option<Instant>,
@@ -79,10 +111,14 @@ impl Answers {
     pub(crate) fn enter(self: &Arc<Self>, key: &JobKey, fingerprint: [u8; 32]) -> Found {
         let mut answers = self.answers.lock();
         match answers.entry(key.clone()) {
-            Entry::Occupied(entry) if entry.get().fingerprint != fingerprint => Found::Other,
+            Entry::Occupied(entry) if entry.get().fingerprint != fingerprint => {
+                let state = entry.get().state.subscribe();
+                if state.borrow().is_decided() { Found::Other } else { Found::Undecided(Undecided(state)) }
+            }
             Entry::Occupied(entry) => Found::Answer(Reader::new(entry.get().clone())),
             Entry::Vacant(entry) => {
-                let shared = Arc::new(Shared { fingerprint, state: watch::Sender::new(State::default()) });
+                let (state, bytes) = (watch::Sender::new(State::default()), self.bytes.clone());
+                let shared = Arc::new(Shared { fingerprint, state, bytes });
                 entry.insert(shared.clone());
                 let reader = Reader::new(shared.clone());
                 Found::Nothing(Writer { answers: self.clone(), key: key.clone(), shared }, reader)
@@ -105,14 +141,7 @@ impl Answers {
     }
 
     fn drop_ended(&self, is_over: impl Fn(Instant) -> bool) {
-        self.answers.lock().retain(|_, shared| {
-            let state = shared.state.borrow();
-            let stays = !state.ended_at.is_some_and(&is_over);
-            if !stays {
-                self.bytes.fetch_sub(state.bytes, Ordering::Relaxed);
-            }
-            stays
-        });
+        self.answers.lock().retain(|_, shared| !shared.state.borrow().ended_at.is_some_and(&is_over));
     }
 }
 
@@ -145,10 +174,17 @@ impl Writer {
                 return;
             }
         }
+        self.put(chunk, usage);
+    }
+
+    /// Adds a chunk at once.
+    pub(crate) fn put(&self, chunk: Bytes, usage: TokenUsage) {
         self.answers.bytes.fetch_add(chunk.len(), Ordering::Relaxed);
         self.shared.state.send_modify(|state| {
             state.bytes += chunk.len();
             state.chunks.push_back((chunk, usage));
+            // Progress has the number of the chunk that it precedes.
+            state.progress_chunk = None;
         });
     }
 
@@ -177,12 +213,12 @@ impl Writer {
     /// Tells the readers of progress.
     pub(crate) fn progress(&self, chunk: Bytes) {
         self.shared.state.send_modify(|state| {
-            let number = state.progress.as_ref().map_or(0, |(number, _)| *number);
-            state.progress = Some((number + 1, chunk));
+            state.progress += 1;
+            state.progress_chunk = Some(chunk);
         });
     }
 
-    /// Waits until nobody has read for `linger`. Cancel safe.
+    /// Waits until nobody has read for `linger`, or too many jobs of the tenant have no reader. Cancel safe.
     pub(crate) async fn abandoned(&self, linger: Duration) {
         let mut watcher = self.shared.state.subscribe();
         loop {
@@ -190,6 +226,10 @@ impl Writer {
                 let state = watcher.borrow_and_update();
                 state.left_at.filter(|_| state.readers.is_empty())
             };
+            let permit = left_at.map(|_| Lingering::enter(&self.answers, &self.key.tenant_id));
+            if matches!(permit, Some(None)) {
+                return;
+            }
             let over = async {
                 match left_at {
                     Some(left_at) => time::sleep_until(left_at + linger).await,
@@ -244,14 +284,44 @@ impl Drop for Writer {
     fn drop(&mut self) {
         let mut answers = self.answers.answers.lock();
         let mut stays = false;
-        self.shared.state.send_if_modified(|state| {
+        self.shared.state.send_modify(|state| {
             stays = state.end == Some(Ok(())) && state.first == 0;
             state.ended_at = stays.then(Instant::now);
-            false
+            // Its readers wait for an end, also if the job panicked.
+            state.end.get_or_insert_with(|| Err(WireError::new(ErrorCode::InternalError, "the job was dropped")));
         });
         if !stays {
             answers.remove(&self.key);
-            self.answers.bytes.fetch_sub(self.shared.state.borrow().bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A job that goes on without a reader.
+struct Lingering<'a> {
+    answers: &'a Answers,
+    tenant_id: &'a TenantId,
+}
+
+impl<'a> Lingering<'a> {
+    fn enter(answers: &'a Answers, tenant_id: &'a TenantId) -> Option<Self> {
+        let mut lingering = answers.lingering.lock();
+        let jobs = lingering.entry(tenant_id.clone()).or_default();
+        if *jobs >= LINGERING_MAX {
+            return None;
+        }
+        *jobs += 1;
+        Some(Self { answers, tenant_id })
+    }
+}
+
+impl Drop for Lingering<'_> {
+    fn drop(&mut self) {
+        let mut lingering = self.answers.lingering.lock();
+        if let Some(jobs) = lingering.get_mut(self.tenant_id) {
+            *jobs -= 1;
+            if *jobs == 0 {
+                lingering.remove(self.tenant_id);
+            }
         }
     }
 }
@@ -322,9 +392,9 @@ impl Reader {
             self.has_sent_receipt = true;
             return Some(Next::Receipt);
         }
-        let (number, chunk) = state.progress.as_ref().filter(|(number, _)| *number > self.progress)?;
-        self.progress = *number;
-        Some(Next::Progress(chunk.clone()))
+        let chunk = state.progress_chunk.clone().filter(|_| state.progress > self.progress)?;
+        self.progress = state.progress;
+        Some(Next::Progress(chunk))
     }
 
     /// Returns where the answer comes from, once its first chunk was read.

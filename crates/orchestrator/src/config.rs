@@ -26,8 +26,8 @@ pub struct Config {
     pub set_aside_secs: u64,
     /// Maximum number of attempts of a job before its first token, each on another worker.
     pub attempts_max: u32,
-    /// Further attempts of a tenant's jobs before their first token, for each hundred of its jobs. A hundred at once and
-    /// one a second are always allowed. Without a limit, workers that are full or fail would get a multiple of the jobs.
+    /// How often a tenant's jobs may go from a full worker to the next, for each hundred of its jobs. A hundred at once
+    /// and one a second are always allowed. Without a limit, workers that are all full would get a multiple of the jobs.
     pub retry_budget_percent: u32,
     /// Seconds without a chunk after which an attempt has failed. A chunk that only has progress counts.
     pub stall_secs: u64,

@@ -86,8 +86,24 @@ impl Delivery {
 
     /// Sends the last chunk.
     pub async fn send_last(&mut self, chunk: &[u8], usage: TokenUsage) -> Result<(), Interrupted> {
+        if let State::Shared { writer, .. } = &self.state {
+            // The job is settled. Its answer must be whole for whoever comes later.
+            writer.put(Bytes::copy_from_slice(chunk), usage);
+        } else {
+            self.send(chunk, usage).await?;
+        }
         self.is_complete = true;
-        self.send(chunk, usage).await
+        Ok(())
+    }
+
+    /// Sends an answer that was kept.
+    pub(crate) async fn replay(&mut self, mut chunks: Vec<Bytes>) -> Result<(), Interrupted> {
+        let Some(last) = chunks.pop() else { return Err(Interrupted) };
+        for chunk in chunks {
+            // The job is billed already.
+            self.send(&chunk, TokenUsage::default()).await?;
+        }
+        self.send_last(&last, TokenUsage::default()).await
     }
 
     async fn send(&mut self, chunk: &[u8], usage: TokenUsage) -> Result<(), Interrupted> {

@@ -33,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
+use self::repeats::Repeatable;
 use crate::answers::Answers;
 use crate::circuit_breaker::{Admission, CircuitBreaker, Outcome};
 use crate::config::Config;
@@ -49,7 +50,7 @@ use crate::policy_engine::PolicyEngine;
 use crate::refusals;
 use crate::registry_policies::RegistryPolicies;
 use crate::reservation_manager::{Ending, ReservationManager};
-use crate::retry_budget::{self, RetryBudgets};
+use crate::retry_budget::RetryBudgets;
 use crate::retry_manager::{self, Failure, Part, Plan};
 use crate::scheduler::{self, Candidate, Placement, Refusal};
 use crate::sealing::SealingKey;
@@ -320,7 +321,9 @@ impl Orchestrator {
             }
             Plan::Retry { after } => {
                 if failure.delivered == Part::Nothing {
-                    if retry_budget::is_counted(error.code) && !self.has_retry(&journey.request.tenant_id) {
+                    // A worker that refused the job when it was dispatched has borne it.
+                    let is_counted = error.code == ErrorCode::WorkerFull && journey.is_dispatched;
+                    if is_counted && !self.has_retry(&journey.request.tenant_id) {
                         self.metrics.retries_exhausted.inc();
                         return ControlFlow::Break(end);
                     }
@@ -599,10 +602,10 @@ impl Orchestrator {
         let deadline = call.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(self.config.deadline_secs));
         let stall = Duration::from_secs(self.config.caller_stall_secs);
         let mut delivery = Delivery::new(call, stall, request.acknowledges);
-        let journey = Journey::new(request.clone(), fingerprint, deadline);
-        if let Some(linger) = request.linger_ms {
-            let linger = Duration::from_millis(linger);
-            return Box::pin(self.take_repeatable(&request, linger, journey, delivery)).await;
+        let repeatable = Repeatable::of(&request);
+        let journey = Journey::new(request, fingerprint, deadline);
+        if let Some(repeatable) = repeatable {
+            return Box::pin(self.take_repeatable(repeatable, journey, delivery)).await;
         }
         match self.submit(journey, &mut delivery).await {
             Ok(()) => delivery.finish().await,

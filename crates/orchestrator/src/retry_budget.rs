@@ -1,9 +1,9 @@
-//! Limits the retries of each tenant, so that failures do not multiply the load. Pure.
+//! Limits how often a tenant's jobs go from a full worker to the next, so that an overload does not multiply itself.
+//! Pure. Failures are not limited here: workers that fail are ejected, and the breakers open.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
-use protocol::{ErrorCode, TenantId};
+use protocol::TenantId;
 use tokio::time::Instant;
 
 /// Retries that a tenant may make at once.
@@ -70,18 +70,14 @@ impl RetryBudgets {
     }
 }
 
-/// Returns whether a retry after this error takes from the budget. Workers that stop, or that lost a model, cause
-/// retries that end by themselves, and a job without a worker burdens none.
-pub fn is_counted(code: ErrorCode) -> bool {
-    !matches!(code, ErrorCode::WorkerStopping | ErrorCode::ModelNotHere | ErrorCode::NoCapacity)
-}
-
-/// The time after which an empty budget allows a retry again.
-pub const WAIT: Duration = Duration::from_secs((1.0 / PER_SECOND) as u64);
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    /// The time after which an empty budget allows a retry again.
+    const WAIT: Duration = Duration::from_secs(1);
 
     fn tenant(name: &str) -> TenantId {
         name.parse().expect("tenant")

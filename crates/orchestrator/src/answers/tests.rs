@@ -67,9 +67,12 @@ async fn a_complete_answer_stays_for_a_while_and_a_failed_one_does_not() {
     assert_eq!(late.origin(), Some(Origin { created_at: UnixMillis(5), replayed: true }));
     time::advance(STAYS).await;
     answers.sweep();
+    assert_eq!(answers.bytes.load(Ordering::Relaxed), 1, "somebody reads it");
+    drop(late);
     assert_eq!(answers.bytes.load(Ordering::Relaxed), 0);
-    let (writer, _reader) = begin(&answers);
+    let (writer, reader) = begin(&answers);
     push(&writer, 1).await;
+    drop(reader);
     writer.end(Err(WireError::new(ErrorCode::WorkerFailed, "died")));
     drop(writer);
     assert!(matches!(answers.enter(&key(1), [2; 32]), Found::Nothing(..)), "the next job may run");
@@ -79,9 +82,63 @@ async fn a_complete_answer_stays_for_a_while_and_a_failed_one_does_not() {
 #[tokio::test]
 async fn another_request_under_the_key_is_told_apart() {
     let answers = Arc::default();
-    let _running = begin(&answers);
+    let (writer, _reader) = begin(&answers);
+    writer.begin(Origin { created_at: UnixMillis(5), replayed: false });
     assert!(matches!(answers.enter(&key(1), [2; 32]), Found::Other));
     assert!(matches!(answers.enter(&key(2), [2; 32]), Found::Nothing(..)));
+}
+
+#[tokio::test]
+async fn a_call_of_another_request_waits_until_the_first_is_known() {
+    let answers: Arc<Answers> = Arc::default();
+    let (writer, _reader) = begin(&answers);
+    let Found::Undecided(undecided) = answers.enter(&key(1), [2; 32]) else { panic!("nothing is known yet") };
+    let mut decided = Box::pin(undecided.decided());
+    assert!((&mut decided).now_or_never().is_none());
+    writer.begin(Origin { created_at: UnixMillis(5), replayed: false });
+    decided.await;
+    assert!(matches!(answers.enter(&key(1), [2; 32]), Found::Other));
+    drop(writer);
+    assert!(matches!(answers.enter(&key(1), [2; 32]), Found::Nothing(..)));
+}
+
+#[tokio::test]
+async fn readers_of_a_job_that_is_dropped_are_told() {
+    let answers = Arc::default();
+    let (writer, mut reader) = begin(&answers);
+    drop(writer);
+    assert!(matches!(reader.next().now_or_never(), Some(Next::End(Err(_)))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tenant_has_few_jobs_without_a_reader() {
+    let answers: Arc<Answers> = Arc::default();
+    let begin = |number| {
+        let Found::Nothing(writer, reader) = answers.enter(&key(number), [1; 32]) else { panic!("nothing runs") };
+        drop(reader);
+        writer
+    };
+    let writers: Vec<Writer> = (0..=LINGERING_MAX as u128).map(begin).collect();
+    let mut waits: Vec<_> = writers.iter().map(|writer| Box::pin(writer.abandoned(Duration::from_secs(30)))).collect();
+    let last = waits.pop().expect("one more than may linger");
+    assert!(waits.iter_mut().all(|wait| wait.now_or_never().is_none()));
+    last.now_or_never().expect("it is given up at once");
+    waits.pop();
+    assert!(writers[LINGERING_MAX].abandoned(Duration::from_secs(30)).now_or_never().is_none(), "there is room");
+}
+
+#[tokio::test]
+async fn progress_before_a_chunk_is_not_told_after_it() {
+    let answers = Arc::default();
+    let (writer, mut first) = begin(&answers);
+    writer.progress(Bytes::from_static(b"before"));
+    push(&writer, 1).await;
+    for reader in [&mut first, &mut again(&answers)] {
+        assert_eq!(chunk(reader.next().now_or_never()), 1);
+        assert_eq!(reader.next().now_or_never(), None);
+    }
+    writer.progress(Bytes::from_static(b"after"));
+    assert_eq!(first.next().now_or_never(), Some(Next::Progress(Bytes::from_static(b"after"))));
 }
 
 #[tokio::test]
@@ -148,21 +205,21 @@ async fn an_answer_that_is_too_long_goes_at_the_pace_of_its_readers() {
     assert_eq!(reader.next().now_or_never(), Some(Next::Receipt));
     reader.receipt();
     is_read.await;
-    drop(writer);
+    drop((writer, reader));
     assert_eq!(answers.bytes.load(Ordering::Relaxed), 0);
 }
 
 #[tokio::test]
 async fn all_answers_together_have_a_bound() {
     let answers: Arc<Answers> = Arc::default();
-    let (writer, _reader) = begin(&answers);
+    let (writer, reader) = begin(&answers);
     push(&writer, 1).await;
     answers.bytes.fetch_add(ANSWERS_BYTES_MAX, Ordering::Relaxed);
     assert!(push(&writer, 2).now_or_never().is_none());
     answers.bytes.fetch_sub(ANSWERS_BYTES_MAX, Ordering::Relaxed);
     push(&writer, 2).now_or_never().expect("there is room again");
     writer.end(Ok(()));
-    drop(writer);
+    drop((writer, reader));
     let Found::Nothing(next, _reader) = answers.enter(&key(2), [1; 32]) else { panic!("another job") };
     push(&next, 1).await;
     answers.bytes.fetch_add(ANSWERS_BYTES_MAX - 3, Ordering::Relaxed);

@@ -20,41 +20,61 @@ use crate::reservation_manager::key_of;
 /// The longest time that a job goes on without a reader, whatever its gateway asks for.
 const LINGER_MAX: Duration = Duration::from_mins(5);
 
+/// What is asked of a job whose client may submit it again.
+pub(super) struct Repeatable {
+    key: JobKey,
+    /// How long the job goes on without a reader.
+    linger: Duration,
+    keeps_answer: bool,
+    wants_progress: bool,
+}
+
+impl Repeatable {
+    /// Returns `None` if the client cannot submit the request again.
+    pub(super) fn of(request: &InferRequest) -> Option<Self> {
+        Some(Self {
+            linger: Duration::from_millis(request.linger_ms?).min(LINGER_MAX),
+            key: key_of(request),
+            keeps_answer: request.keeps_answer,
+            wants_progress: request.progress,
+        })
+    }
+}
+
 impl Orchestrator {
     /// Answers a call with the answer of its job, which at most one call runs.
-    pub(super) async fn take_repeatable(
-        &self,
-        request: &InferRequest,
-        linger: Duration,
-        journey: Journey,
-        caller: Delivery,
-    ) {
-        let (key, fingerprint, deadline) = (key_of(request), journey.fingerprint, journey.deadline);
-        match self.answers.enter(&key, fingerprint) {
-            Found::Other => caller.fail(refusals::reused()).await,
-            Found::Answer(reader) => follow(reader, request, Some(deadline), caller).await,
+    pub(super) async fn take_repeatable(&self, request: Repeatable, journey: Journey, caller: Delivery) {
+        let (fingerprint, deadline) = (journey.fingerprint, journey.deadline);
+        let found = loop {
+            match self.answers.enter(&request.key, fingerprint) {
+                Found::Undecided(undecided) => undecided.decided().await,
+                found => break found,
+            }
+        };
+        match found {
+            Found::Other | Found::Undecided(_) => caller.fail(refusals::reused()).await,
+            Found::Answer(reader) => follow(reader, &request, Some(deadline), caller).await,
             Found::Nothing(writer, reader) => {
                 let stall = Duration::from_secs(self.config.caller_stall_secs);
                 let is_stored = request.keeps_answer && self.config.answers_kept_hours > 0;
-                let delivery = Delivery::shared(writer, linger.min(LINGER_MAX), is_stored, stall);
+                let delivery = Delivery::shared(writer, request.linger, is_stored, stall);
                 // The job's own deadline ends it.
-                tokio::join!(self.run_repeatable(key, journey, delivery), follow(reader, request, None, caller));
+                let run = self.run_repeatable(&request.key, journey, delivery);
+                tokio::join!(run, follow(reader, &request, None, caller));
             }
         }
     }
 
-    async fn run_repeatable(&self, key: JobKey, journey: Journey, mut delivery: Delivery) {
-        let outcome = match self.recall(&key, &journey.fingerprint).await {
+    async fn run_repeatable(&self, key: &JobKey, journey: Journey, mut delivery: Delivery) {
+        let outcome = match self.recall(key, &journey.fingerprint).await {
             Ok(None) => {
                 delivery.begin(Origin { created_at: self.reservations.now(), replayed: false });
                 self.submit(journey, &mut delivery).await
             }
             Ok(Some((created_at, chunks))) => {
                 delivery.begin(Origin { created_at, replayed: true });
-                for chunk in chunks {
-                    // The job is billed already.
-                    let _ = delivery.send_last(&chunk, TokenUsage::default()).await;
-                }
+                // If it fails, the readers are gone or too slow.
+                let _ = delivery.replay(chunks).await;
                 Ok(())
             }
             Err(error) => Err(error),
@@ -98,7 +118,7 @@ impl Orchestrator {
 }
 
 /// Sends a shared answer to a caller. By `deadline` it must have begun.
-async fn follow(mut reader: Reader, request: &InferRequest, deadline: Option<Instant>, mut caller: Delivery) {
+async fn follow(mut reader: Reader, request: &Repeatable, deadline: Option<Instant>, mut caller: Delivery) {
     let mut is_introduced = false;
     let mut billed = TokenUsage::default();
     loop {
@@ -111,7 +131,7 @@ async fn follow(mut reader: Reader, request: &InferRequest, deadline: Option<Ins
                 return caller.fail(error).await;
             }
         };
-        if let (Next::Chunk(..), Some(origin), true) = (&next, reader.origin(), request.progress)
+        if let (Next::Chunk(..), Some(origin), true) = (&next, reader.origin(), request.wants_progress)
             && !std::mem::replace(&mut is_introduced, true)
             && caller.send_progress(&introduction(request, origin)).await.is_err()
         {
@@ -124,7 +144,7 @@ async fn follow(mut reader: Reader, request: &InferRequest, deadline: Option<Ins
                 reader.acknowledge(caller.read_of(usage));
                 sent
             }
-            Next::Progress(chunk) if request.progress => caller.send_progress(&chunk).await,
+            Next::Progress(chunk) if request.wants_progress => caller.send_progress(&chunk).await,
             Next::Progress(_) => Ok(()),
             Next::Receipt => caller.wait_until_read().await.map(|()| reader.receipt()),
             Next::TooLate => return caller.fail(refusals::is_running()).await,
@@ -138,7 +158,7 @@ async fn follow(mut reader: Reader, request: &InferRequest, deadline: Option<Ins
 }
 
 /// Writes a chunk that says where the answer comes from.
-fn introduction(request: &InferRequest, origin: Origin) -> Vec<u8> {
-    let chunk = InferChunk::new(request.correlation_id, 1, 0, Payload::default());
+fn introduction(request: &Repeatable, origin: Origin) -> Vec<u8> {
+    let chunk = InferChunk::new(request.key.correlation_id, 1, 0, Payload::default());
     codec::encode(&InferChunk { progress: Some(Progress::default()), origin: Some(origin), ..chunk })
 }
