@@ -365,8 +365,8 @@ impl Orchestrator {
         self.metrics.failovers.get_or_create(&PhaseLabel { phase }).inc();
     }
 
-    /// Sets a worker aside that does not respond, after an attempt that began at `began`. It is taken back as soon as it
-    /// responds on a newer connection, because then only the old one was at fault.
+    /// Sets a worker aside that does not respond, after an attempt that began at `began`. It is taken back as soon as
+    /// it responds on a newer connection, because then only the old one was at fault.
     fn set_aside(&self, worker: WorkerId, began: Instant, reason: &str) {
         let until = Instant::now() + Duration::from_secs(self.config.set_aside_secs);
         self.fleet.set_aside(worker, until);

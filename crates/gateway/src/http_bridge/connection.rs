@@ -159,7 +159,7 @@ impl Shared {
         let mut stopping = false;
         let mut stop = pin!(async {
             self.stop.cancelled().await;
-            // Hyper would close a connection whose first request it has not read, and the client could not send it again.
+            // Hyper would close a connection whose first request it has not read. The client could not send it again.
             let _ = time::timeout(FIRST_REQUEST_WITHIN, asked.cancelled()).await;
         });
         loop {

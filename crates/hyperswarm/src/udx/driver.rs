@@ -36,7 +36,8 @@ const BATCHES_PER_TURN: usize = 4;
 /// How many bytes and packets one stream sends before the next one gets its turn.
 const BURST_BYTES: usize = 62 * 1024;
 const BURST_PACKETS: usize = 64;
-/// How soon packets are sent again that a full send buffer did not accept, if the runtime does not say when it has space.
+/// How soon packets that a full send buffer did not accept are sent again, if the runtime does not say when it has
+/// space.
 const SEND_AGAIN_AFTER: Duration = Duration::from_millis(1);
 /// The requested size of the kernel's socket buffers. The kernel may grant less. The default loses packets on fast
 /// links.
