@@ -152,10 +152,14 @@ async fn workers_that_pause_for_four_seconds_keep_their_answers() {
         let mut waking = None;
         let told = tell(&mesh, |pieces| {
             if pieces == 20 {
-                pids.iter().for_each(|pid| signal(*pid, Signal::STOP));
+                for pid in pids {
+                    signal(pid, Signal::STOP);
+                }
                 waking = Some(std::thread::spawn(move || {
                     std::thread::sleep(4 * SECOND);
-                    pids.iter().for_each(|pid| signal(*pid, Signal::CONT));
+                    for pid in pids {
+                        signal(pid, Signal::CONT);
+                    }
                 }));
             }
             longest = longest.max(std::mem::replace(&mut last, Instant::now()).elapsed());
