@@ -4,7 +4,9 @@ use std::io::{self, BufRead as _};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use protocol::jobs::JobStatus;
 use protocol::keep_alive::KeepAlive;
+use protocol::{ModelName, TenantId};
 
 /// Dependable AI inference over scattered machines, behind one OpenAI-compatible address.
 #[derive(Debug, Parser)]
@@ -96,6 +98,14 @@ pub enum Command {
     /// List the nodes of the network and their state
     #[command(visible_alias = "ps")]
     Nodes(NodesArgs),
+    /// List, show and cancel jobs
+    #[command(subcommand)]
+    Jobs(JobsCommand),
+    /// Explain where a request ran and why: workers, scores, attempts and how they ended
+    Explain(RequestArgs),
+    /// List, show, replay and delete dead letters: failed jobs that are kept with their requests
+    #[command(subcommand)]
+    Dlq(DlqCommand),
     /// Diagnose problems and suggest what to do
     Doctor(ServerArgs),
     /// Show or check the settings
@@ -331,6 +341,126 @@ pub struct NodesArgs {
     /// Follow changes until Ctrl-C
     #[arg(long, conflicts_with = "json")]
     pub watch: bool,
+}
+
+/// Lists, shows and cancels jobs.
+#[derive(Debug, Subcommand)]
+pub enum JobsCommand {
+    /// List running and settled jobs, the newest first
+    #[command(visible_alias = "ls")]
+    List(JobsListArgs),
+    /// Show the jobs of a request with their attempts
+    Show(RequestArgs),
+    /// Cancel the running jobs of a request; its client gets an error, and what it has read is billed
+    Cancel(RequestArgs),
+}
+
+/// Which jobs to list.
+#[derive(Debug, Clone, Args)]
+pub struct JobsListArgs {
+    /// Only jobs in this state: running, completed, failed, cancelled or dead
+    #[arg(long, value_name = "STATE")]
+    pub state: Option<JobStatus>,
+    /// Only jobs of this tenant
+    #[arg(long, value_name = "TENANT")]
+    pub tenant: Option<TenantId>,
+    /// Only jobs of this model, in any version
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<ModelName>,
+    /// Maximum number of jobs
+    #[arg(long, value_name = "COUNT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub limit: u32,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// A request.
+#[derive(Debug, Clone, Args)]
+pub struct RequestArgs {
+    /// Id of the request: the header x-request-id of its response, or the id in its answer
+    pub request: String,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Lists, shows, replays and deletes dead letters.
+#[derive(Debug, Subcommand)]
+pub enum DlqCommand {
+    /// List dead letters, the newest first
+    #[command(visible_alias = "ls")]
+    List(DlqListArgs),
+    /// Show a dead letter: its cause, its attempts and, on demand, its request
+    Show(DlqShowArgs),
+    /// Run the request of a dead letter again and print how it ended; it is billed to its tenant
+    Replay(DlqReplayArgs),
+    /// Delete dead letters
+    #[command(visible_alias = "rm")]
+    Purge(DlqPurgeArgs),
+}
+
+/// Which dead letters to list.
+#[derive(Debug, Clone, Args)]
+pub struct DlqListArgs {
+    /// Only letters of this tenant
+    #[arg(long, value_name = "TENANT")]
+    pub tenant: Option<TenantId>,
+    /// Only letters of this model, in any version
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<ModelName>,
+    /// Maximum number of letters
+    #[arg(long, value_name = "COUNT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub limit: u32,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Which dead letter to show.
+#[derive(Debug, Clone, Args)]
+pub struct DlqShowArgs {
+    /// Id of the request, as `tether dlq list` shows it
+    pub request: String,
+    /// Also print the request, with its prompt
+    #[arg(long)]
+    pub payload: bool,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Which dead letter to run again.
+#[derive(Debug, Clone, Args)]
+pub struct DlqReplayArgs {
+    /// Id of the request, as `tether dlq list` shows it
+    pub request: String,
+    /// Keep the dead letter even if the request completes
+    #[arg(long)]
+    pub keep: bool,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Which dead letters to delete.
+#[derive(Debug, Clone, Args)]
+pub struct DlqPurgeArgs {
+    /// Ids of the requests, as `tether dlq list` shows them
+    #[arg(value_name = "REQUEST")]
+    pub requests: Vec<String>,
+    /// Delete the letters of jobs that died more than so many days ago
+    #[arg(long, value_name = "DAYS", conflicts_with = "requests", value_parser = clap::value_parser!(u32).range(0..=36_500))]
+    pub older_than: Option<u32>,
+    /// Delete every letter
+    #[arg(long, conflicts_with_all = ["requests", "older_than"])]
+    pub all: bool,
+    /// Do not ask before deleting every letter
+    #[arg(long)]
+    pub yes: bool,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 /// Which model to ask, and what.

@@ -210,6 +210,12 @@ impl GatewayClient {
         self.exchange(Method::POST, path, Some(serde_json::to_vec(body)?)).await
     }
 
+    /// As [`Self::post`], for what may take as long as an answer.
+    pub async fn post_and_wait<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
+        let response = self.ask(Method::POST, path, Some(serde_json::to_vec(body)?)).await?;
+        response.json().await.with_context(|| format!("the answer of {} is not the expected JSON", self.url))
+    }
+
     /// Patches a resource with a JSON document and reads the JSON response.
     pub async fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
         self.exchange(Method::PATCH, path, Some(serde_json::to_vec(body)?)).await

@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses;
 use crate::args::{
-    AdapterCommand, Cli, Command, Common, ConfigCommand, ModelCommand, TokenCommand, UpArgs, WorkerArgs,
+    AdapterCommand, Cli, Command, Common, ConfigCommand, DlqCommand, JobsCommand, ModelCommand, TokenCommand, UpArgs,
+    WorkerArgs,
 };
 use crate::data_folder::DataFolder;
 use crate::kept_flags::KeptFlags;
@@ -23,8 +24,10 @@ use protocol::control::NodeRole;
 mod adapter;
 mod chat;
 mod demo;
+mod dlq;
 mod doctor;
 mod engine_host;
+mod jobs;
 mod manual;
 mod membership;
 mod model;
@@ -193,6 +196,14 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Token(TokenCommand::List(server)) => token::list(context, &server).await,
         Command::Token(TokenCommand::Revoke(args)) => token::revoke(context, &args).await,
         Command::Nodes(server) => nodes::run(context, &server).await,
+        Command::Jobs(JobsCommand::List(args)) => jobs::list(context, &args).await,
+        Command::Jobs(JobsCommand::Show(args)) => jobs::show(context, &args).await,
+        Command::Jobs(JobsCommand::Cancel(args)) => jobs::cancel(context, &args).await,
+        Command::Explain(args) => jobs::explain(context, &args).await,
+        Command::Dlq(DlqCommand::List(args)) => dlq::list(context, &args).await,
+        Command::Dlq(DlqCommand::Show(args)) => dlq::show(context, &args).await,
+        Command::Dlq(DlqCommand::Replay(args)) => dlq::replay(context, &args).await,
+        Command::Dlq(DlqCommand::Purge(args)) => dlq::purge(context, &args).await,
         Command::Doctor(server) => doctor::run(context, &server).await,
         Command::Config(ConfigCommand::Check) => check_config(&context),
         // Handled before the settings were read.

@@ -427,11 +427,16 @@ impl Gateway {
     }
 
     /// Creates a UUIDv7 from the clock and the system's randomness.
-    fn make_id(&self) -> Result<CorrelationId, WireError> {
+    pub(crate) fn make_id(&self) -> Result<CorrelationId, WireError> {
         let mut random = [0; 10];
         getrandom::fill(&mut random).map_err(|_| no_randomness())?;
         let millis = self.inner.clock.now().0;
         Ok(CorrelationId(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid()))
+    }
+
+    /// Creates a retry token that no other request has.
+    pub(crate) fn make_retry_token(&self) -> Result<RetryToken, WireError> {
+        self.make_id()?.to_string().parse().map_err(|_| no_randomness())
     }
 
     /// Returns the registry's models, from the cache if possible.
@@ -527,6 +532,11 @@ impl Gateway {
         if let Some(task) = task {
             task.run(stop).await;
         }
+    }
+
+    /// Returns the registries and orchestrators of the region.
+    pub(crate) fn upstream(&self) -> &Upstream {
+        &self.inner.upstream
     }
 
     pub(crate) fn config(&self) -> &Config {

@@ -19,6 +19,7 @@ mod json_body;
 pub mod metrics;
 mod open_gateway;
 mod openai;
+mod operations;
 mod origin_permits;
 mod prompt_size;
 mod published;

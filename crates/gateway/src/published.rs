@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::marker::PhantomData;
 
-use protocol::{control, infer, model};
+use protocol::{control, infer, jobs, model};
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value};
@@ -24,6 +24,10 @@ pub(crate) type AliasEntry = Published<model::AliasEntry>;
 pub(crate) type AliasList = Published<control::AliasList>;
 pub(crate) type AliasRemoved = Published<control::AliasRemoved>;
 pub(crate) type AliasSet = Published<control::AliasSet>;
+pub(crate) type DeadLetter = Published<jobs::DeadLetter>;
+pub(crate) type DeadLetterList = Published<jobs::DeadLetterList>;
+pub(crate) type DeadLetterReplayed = Published<jobs::DeadLetterReplayed>;
+pub(crate) type DeadLettersPurged = Published<jobs::DeadLettersPurged>;
 pub(crate) type Decision = Published<control::Decision>;
 pub(crate) type FinishReason = Published<infer::FinishReason>;
 pub(crate) type Fleet = Published<control::Fleet>;
@@ -31,6 +35,7 @@ pub(crate) type InferChunk = Published<infer::InferChunk>;
 pub(crate) type InferSubmission = Published<infer::InferSubmission>;
 pub(crate) type InviteCreate = Published<control::InviteCreate>;
 pub(crate) type InviteCreated = Published<control::InviteCreated>;
+pub(crate) type JobList = Published<jobs::JobList>;
 pub(crate) type Members = Published<control::Members>;
 pub(crate) type ModelAdd = Published<control::ModelAdd>;
 pub(crate) type ModelEntry = Published<model::ModelEntry>;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use protocol::control::NodeRole;
 use protocol::infer::{self, InferRequest};
 use protocol::{CorrelationId, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
@@ -86,10 +87,20 @@ impl Upstream {
         method: &str,
         request: &Request,
     ) -> Result<Reply, WireError> {
+        self.ask_which(role, method, request).await.map(|(_, reply)| reply)
+    }
+
+    /// As [`Self::ask`], and returns which node responded.
+    pub(crate) async fn ask_which<Request: Serialize, Reply: DeserializeOwned>(
+        &self,
+        role: NodeRole,
+        method: &str,
+        request: &Request,
+    ) -> Result<(PublicKey, Reply), WireError> {
         let mut last = away(role);
         for peer in self.peers(role, None).await? {
             match self.client.call(peer, method, request, CALL).await {
-                Ok(reply) => return Ok(reply),
+                Ok(reply) => return Ok((peer, reply)),
                 // A timeout says nothing about the next peer, so it is tried as well.
                 Err(CallError::Deadline) => last = away(role),
                 Err(error) => {
@@ -102,6 +113,38 @@ impl Upstream {
             }
         }
         Err(last)
+    }
+
+    /// Calls all nodes of a role for which there is a request, at the same time.
+    pub(crate) async fn ask_each<Request: Serialize, Reply: DeserializeOwned>(
+        &self,
+        role: NodeRole,
+        method: &str,
+        request: impl Fn(PublicKey) -> Option<Request>,
+    ) -> Result<Vec<(PublicKey, Result<Reply, WireError>)>, WireError> {
+        let peers = self.peers(role, None).await?;
+        let asked = peers.into_iter().filter_map(|peer| Some((peer, request(peer)?)));
+        let calls = asked.map(|(peer, request)| async move {
+            let reply = self.client.call(peer, method, &request, CALL).await;
+            let reply = reply.map_err(|error| match error {
+                CallError::Deadline => away(role),
+                error => error.into(),
+            });
+            (peer, reply)
+        });
+        Ok(join_all(calls).await)
+    }
+
+    /// Submits a job to one orchestrator and waits until its answer begins or it is refused.
+    pub(crate) async fn submit_to(
+        &self,
+        orchestrator: PublicKey,
+        request: &InferRequest,
+        timeouts: Timeouts,
+    ) -> Result<Begun, WireError> {
+        let left = timeouts.deadline.saturating_duration_since(Instant::now());
+        let options = StreamOptions { accept_within: left, deadline: Some(left), stall: timeouts.stall };
+        Ok(self.begin(orchestrator, Bytes::from(codec::encode(request)), options).await?)
     }
 
     /// Submits a job to an orchestrator and waits until its answer begins or it is refused. Its id decides the jitter
@@ -211,7 +254,7 @@ fn rank(job: CorrelationId, peer: PublicKey) -> Digest {
 }
 
 /// Returns whether another peer may succeed: the error is about this peer, or about something that another may know.
-fn another_may_know(code: ErrorCode) -> bool {
+pub(crate) fn another_may_know(code: ErrorCode) -> bool {
     matches!(
         code,
         ErrorCode::Unavailable

@@ -74,6 +74,9 @@ async fn client_loop(store: Arc<SqliteStore>, client: u16, end: Instant) -> Vec<
                 reasoning_tokens: 0,
             }),
             now: UnixMillis(2),
+            history: vec![],
+            continued: 0,
+            dead_letter: None,
         };
         assert_eq!(store.finalise(settlement).await, Ok(Finalised::Settled));
     }

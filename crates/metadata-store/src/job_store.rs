@@ -1,10 +1,14 @@
-//! The orchestrator's store: jobs, their reservations, usage, and the high-water mark of each worker's health reports.
+//! The orchestrator's store: jobs, their reservations, usage, dead letters, and the high-water mark of each worker's
+//! health reports.
 
 use std::fmt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use protocol::infer::FinishReason;
+use protocol::jobs::{
+    AttemptRecord, DeadLetter, DeadLetterCause, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JobQuery,
+};
 use protocol::model::ModelKey;
 use protocol::presence::HighWater;
 use protocol::usage::TokenUsage;
@@ -26,8 +30,8 @@ pub trait JobStore: Store {
     /// Only the attempt named in `from_attempt` can be moved, and only while the job is unsettled.
     async fn reassign(&self, reassignment: Reassignment) -> Result<(), ReassignError>;
 
-    /// Settles a job: its terminal state, the end of its reservation, what is billed, and the answer that is kept, in
-    /// one transaction.
+    /// Settles a job: its terminal state, the end of its reservation, what is billed, the answer that is kept, and its
+    /// dead letter, in one transaction.
     ///
     /// A job is settled once, by its current attempt. Later calls change and bill nothing.
     async fn finalise(&self, settlement: Settlement) -> Result<Finalised, FinaliseError>;
@@ -46,6 +50,26 @@ pub trait JobStore: Store {
     /// Removes up to `limit` answers that have expired, or that would expire next if all together have more than
     /// `bytes_max` bytes. Returns how many it removed.
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError>;
+    /// Returns the newest jobs of a request; at most [`protocol::jobs::PAGE_MAX`].
+    async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobRecord>, StoreError>;
+
+    /// Returns a page of jobs, the newest first.
+    async fn list_jobs(&self, query: JobQuery) -> Result<RecordPage, StoreError>;
+
+    /// Removes up to `limit` jobs that were settled before a time, the oldest first, and returns their number. Usage
+    /// and dead letters stay.
+    async fn prune(&self, settled_before: UnixMillis, limit: u32) -> Result<u32, StoreError>;
+
+    /// Returns a page of dead letters without their payloads, the newest first.
+    async fn list_dead_letters(&self, query: DeadLetterQuery) -> Result<DeadLetterPage, StoreError>;
+
+    /// Returns the newest dead letter of a request, with its sealed payload.
+    async fn dead_letter(&self, id: CorrelationId) -> Result<Option<(DeadLetter, Option<Vec<u8>>)>, StoreError>;
+
+    /// Deletes the dead letters that meet every condition, and returns their number.
+    async fn purge_dead_letters(&self, purge: DeadLetterPurge) -> Result<u64, StoreError>;
+
+    async fn count_dead_letters(&self) -> Result<u64, StoreError>;
 
     /// Returns each worker that has reservations, with their number.
     async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError>;
@@ -116,6 +140,8 @@ pub struct Reassignment {
     pub now: UnixMillis,
     /// When the new reservation expires unless it is renewed.
     pub lease_until: UnixMillis,
+    /// The attempts that have ended.
+    pub history: Vec<AttemptRecord>,
 }
 
 /// How a job ends.
@@ -133,6 +159,33 @@ pub struct Settlement {
     pub usage: Option<TokenUsage>,
     pub answer: Option<SealedAnswer>,
     pub now: UnixMillis,
+    /// The attempts that have ended.
+    pub history: Vec<AttemptRecord>,
+    /// How often another worker continued the answer.
+    pub continued: u32,
+    /// The dead letter to write with it.
+    pub dead_letter: Option<NewDeadLetter>,
+}
+
+/// A dead letter to write. Job and error are those of the settlement.
+#[derive(Debug, Clone)]
+pub struct NewDeadLetter {
+    pub cause: DeadLetterCause,
+    pub history: Vec<AttemptRecord>,
+    /// The request; `None` if it is not kept.
+    pub payload: Option<SealedPayload>,
+    /// The most letters to keep; the oldest are deleted. With 0 none is written.
+    pub letters_max: u32,
+    /// The most bytes of payloads to keep. A payload that alone exceeds it is dropped.
+    pub bytes_max: u64,
+}
+
+/// A request that only its orchestrator can read.
+#[derive(Debug, Clone)]
+pub struct SealedPayload {
+    pub sealed: Vec<u8>,
+    /// Length of the request.
+    pub plain_bytes: u64,
 }
 
 /// An answer to keep.
@@ -221,6 +274,8 @@ pub struct JobError {
 /// A job as last written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobRecord {
+    /// Number of the job, ascending in the order of reservation.
+    pub sequence: u64,
     pub key: JobKey,
     pub trace_id: TraceId,
     pub model: ModelKey,
@@ -241,6 +296,19 @@ pub struct JobRecord {
     pub created_at: UnixMillis,
     /// When it was last reserved, reassigned or settled.
     pub updated_at: UnixMillis,
+    /// How often another worker continued the answer.
+    pub continued: u32,
+    /// The attempts that have ended, if there was more than one or it failed.
+    pub history: Vec<AttemptRecord>,
+}
+
+/// A page of jobs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RecordPage {
+    /// The jobs, the newest first.
+    pub jobs: Vec<JobRecord>,
+    /// Where the next page begins; `None` after the last.
+    pub next: Option<u64>,
 }
 
 impl JobRecord {

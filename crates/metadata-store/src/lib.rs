@@ -8,8 +8,9 @@ mod sqlite;
 mod store;
 
 pub use job_store::{
-    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment,
-    ReserveError, Reserved, SealedAnswer, Settlement, TerminalState, UsageCursor, UsageRecord,
+    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, NewDeadLetter, NewJob,
+    ReassignError, Reassignment, RecordPage, ReserveError, Reserved, SealedAnswer, SealedPayload, Settlement,
+    TerminalState, UsageCursor, UsageRecord,
 };
 pub use registry_store::{
     InviteRecord, InviteRedemption, NewCertificate, NodeRecord, PutAdapterError, PutInviteError, PutModelError,

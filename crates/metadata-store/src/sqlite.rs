@@ -7,6 +7,7 @@ mod adapters;
 mod aliases;
 mod answers;
 mod db_thread;
+mod dead_letters;
 mod job_store;
 mod jobs;
 mod membership;

@@ -54,6 +54,16 @@ pub struct Config {
     pub policy_cache_secs: u64,
     /// Number of jobs whose placement can be explained. The oldest are dropped.
     pub decisions_kept: usize,
+    /// Hours for which settled jobs are kept: a retry token that comes again within this time never runs twice. 0 keeps
+    /// them for ever. Usage is always kept.
+    pub jobs_kept_hours: u64,
+    /// Number of dead letters that are kept: failed jobs with their requests, encrypted. The oldest are deleted; 0
+    /// keeps none.
+    pub dead_letters_max: u32,
+    /// Maximum disk space in MiB for the requests of dead letters.
+    pub dead_letters_mib: u64,
+    /// Days after which a dead letter is deleted.
+    pub dead_letters_days: u32,
     /// Weights of the terms of a worker's affinity score.
     pub weights: Weights,
     /// When the circuit breaker of a model and region opens and closes.
@@ -81,6 +91,10 @@ impl Default for Config {
             crashes_kept_secs: 600,
             policy_cache_secs: 5,
             decisions_kept: 1024,
+            jobs_kept_hours: 24,
+            dead_letters_max: 1_000,
+            dead_letters_mib: 64,
+            dead_letters_days: 30,
             weights: Weights::default(),
             breaker: BreakerConfig::default(),
         }

@@ -12,7 +12,6 @@ use rpc::{CallError, Client, Interrupted, ResponseSink, ResponseStream, StreamCa
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::time::{self, Instant};
-use tokio_util::sync::CancellationToken;
 
 use crate::advance::Advance;
 use crate::answers::Writer;
@@ -21,6 +20,7 @@ use crate::job::JobEvent;
 use crate::journal::Entry;
 use crate::journey::Journey;
 use crate::receipts::Receipts;
+use crate::reservation_manager::Stop;
 use crate::worker_errors;
 
 /// A worker may find that the deadline has passed this much before the orchestrator does.
@@ -230,7 +230,7 @@ pub enum AttemptEnd {
         /// Whether the worker claims more usage than is possible.
         overclaims: bool,
     },
-    /// The caller cancelled or disconnected.
+    /// The caller cancelled or disconnected, or an operator cancelled the job.
     CallerGone {
         /// Tokens that it had read by then.
         usage: TokenUsage,
@@ -258,6 +258,8 @@ pub enum Fault {
     Unacknowledged,
     /// The worker's process has ended.
     Ended,
+    /// The connection to the worker broke: it was cut off, or its machine is gone.
+    Lost,
     /// The worker stops, and hands the job over.
     Leaving,
     /// The worker broke the contract, or lied.
@@ -268,6 +270,15 @@ impl AttemptEnd {
     /// Returns the end of an attempt that never reached a worker.
     pub fn refused(error: WireError) -> Self {
         Self::Failed { error, fault: Fault::None, usage: TokenUsage::default() }
+    }
+
+    /// Returns the error code, or the status of a job that ends so.
+    pub fn outcome(&self) -> &'static str {
+        match self {
+            Self::Complete { .. } => "completed",
+            Self::CallerGone { .. } => "cancelled",
+            Self::Failed { error, .. } | Self::Dead { error } => error.code.as_str(),
+        }
     }
 
     /// Returns the tokens that the attempt used, as far as known.
@@ -359,7 +370,7 @@ pub async fn attempt(
     worker_id: WorkerId,
     timeouts: Timeouts,
     context_length: u32,
-    void: &CancellationToken,
+    stop: &Stop,
     journey: &mut Journey,
     delivery: &mut Delivery,
 ) -> AttemptEnd {
@@ -373,6 +384,9 @@ pub async fn attempt(
     let opened = tokio::select! {
         opened = opening => opened,
         () = delivery.gone() => return AttemptEnd::CallerGone { usage: delivery.read_of(meter.delivered()) },
+        () = stop.cancelled.cancelled() => {
+            return AttemptEnd::CallerGone { usage: delivery.read_of(meter.delivered()) };
+        }
     };
     let mut answer = match opened {
         Ok(answer) => answer,
@@ -386,7 +400,8 @@ pub async fn attempt(
     journey.step(JobEvent::Acknowledge);
     let end = tokio::select! {
         end = relay(&mut answer, journey, delivery, &mut relayed, &mut meter) => end,
-        () = void.cancelled() => {
+        () = stop.cancelled.cancelled() => Relay::CallerGone,
+        () = stop.void.cancelled() => {
             let error = WireError::new(ErrorCode::StaleAttempt, "the job's lease was lost");
             Relay::Failed { error, fault: Fault::None }
         }
@@ -398,9 +413,13 @@ pub async fn attempt(
         Relay::CallerGone => AttemptEnd::CallerGone { usage: delivery.read_of(usage) },
         Relay::Failed { error, fault } => AttemptEnd::Failed { error, fault, usage },
         Relay::Broken(error) => {
-            let has_ended = error == CallError::PeerEnded;
+            let fault = match &error {
+                CallError::PeerEnded => Some(Fault::Ended),
+                CallError::Closed => Some(Fault::Lost),
+                _ => None,
+            };
             let error = failure(error, bounds, deadline);
-            let fault = if has_ended { Fault::Ended } else { fault_of(&error) };
+            let fault = fault.unwrap_or_else(|| fault_of(&error));
             AttemptEnd::Failed { error, fault, usage }
         }
     }

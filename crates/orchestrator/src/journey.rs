@@ -2,22 +2,27 @@
 
 use protocol::control::{AttemptDecision, Decision};
 use protocol::infer::InferRequest;
+use protocol::jobs::AttemptRecord;
 use protocol::model::{ALTERNATIVES_MAX, ModelKey};
 use protocol::prefix::PrefixChain;
 use protocol::usage::TokenUsage;
-use protocol::{Digest, WireError, WorkerId, codec};
+use protocol::{Digest, UnixMillis, WireError, WorkerId, codec};
 use tokio::time::Instant;
 use tracing::error;
 
 use crate::bounds::Meter;
 use crate::circuit_breaker::{Admission, Outcome};
-use crate::dispatch::Fault;
+use crate::dead_letters;
+use crate::dispatch::{AttemptEnd, Fault};
 use crate::fleet::Wanted;
 use crate::job::{JobEvent, JobState};
 use crate::journal::Journal;
 use crate::reservation_manager::Reservation;
 use crate::retry_manager::Part;
 use crate::scheduler::{Placement, Tried};
+
+/// The most attempts that are kept with a job; the oldest are dropped. Many workers may continue a long answer.
+const HISTORY_MAX: usize = 32;
 
 /// A model that may run a job.
 struct Build {
@@ -50,6 +55,8 @@ pub struct Journey {
     pub fingerprint: [u8; 32],
     /// The model that the request names. A tenant's policy may have removed it from `builds`.
     requested: ModelKey,
+    /// The other models that the request names.
+    alternatives: Vec<ModelKey>,
     /// The models that may run it, the requested one first. Never empty.
     builds: Vec<Build>,
     /// Index of the current attempt's model in `builds`.
@@ -100,6 +107,8 @@ pub struct Journey {
     pub refusal: Option<WireError>,
     state: JobState,
     attempts: Vec<AttemptDecision>,
+    /// The attempts that have ended.
+    history: Vec<AttemptRecord>,
 }
 
 impl Journey {
@@ -116,9 +125,11 @@ impl Journey {
                 models.push(model);
             }
         }
+        let alternatives = models[1..].to_vec();
         let builds = models.into_iter().map(|model| Build::new(model, &request));
         Self {
             requested: request.model(),
+            alternatives,
             builds: builds.collect(),
             build: 0,
             fingerprint,
@@ -146,6 +157,7 @@ impl Journey {
             refusal: None,
             state: JobState::Received,
             attempts: vec![],
+            history: vec![],
             request,
         }
     }
@@ -304,8 +316,7 @@ impl Journey {
     /// Returns a digest of the tenant, the requested model and the input. It is the same when a client repeats the
     /// request.
     pub fn content(&self) -> Digest {
-        let InferRequest { tenant_id, input, .. } = &self.request;
-        Digest::of(&codec::encode(&(tenant_id, &self.requested, input)))
+        content_of(&self.requested, &self.request)
     }
 
     /// Records a placement as a new attempt. While a job waits for a worker, only the latest placement is kept.
@@ -320,6 +331,45 @@ impl Journey {
             candidates: placement.candidates,
             refused: placement.refused,
         });
+    }
+
+    /// Records how the attempt ended whose worker was chosen last. An attempt without a worker leaves no record.
+    pub fn ended(&mut self, end: &AttemptEnd, now: UnixMillis) {
+        let Some(AttemptDecision { attempt, chosen: Some(worker_id), .. }) = self.attempts.last() else { return };
+        let progressed = self.has_progressed();
+        let millis = self.attempt_began.elapsed().as_millis() as u64;
+        let record = AttemptRecord {
+            attempt: *attempt,
+            worker_id: *worker_id,
+            model: self.model().clone(),
+            outcome: end.outcome().to_owned(),
+            began_at: UnixMillis(now.0.saturating_sub(millis)),
+            ended_at: now,
+            progressed,
+            counted: dead_letters::counts(end, self.is_dispatched, progressed),
+        };
+        if self.history.len() == HISTORY_MAX {
+            self.history.remove(0);
+        }
+        self.history.push(record);
+    }
+
+    /// Returns the attempts that have ended.
+    pub fn history(&self) -> &[AttemptRecord] {
+        &self.history
+    }
+
+    /// Returns the request as its caller made it, so that it can run again.
+    pub fn original(&self) -> InferRequest {
+        InferRequest {
+            model_id: self.requested.model_id.clone(),
+            version: self.requested.version,
+            alternatives: self.alternatives.clone(),
+            attempt: 1,
+            deadline_ms: None,
+            delivered: None,
+            ..self.request.clone()
+        }
     }
 
     /// Sets the outcome of the last placement.
@@ -344,6 +394,14 @@ impl Journey {
             correlation_id: self.request.correlation_id,
             tenant_id: self.request.tenant_id,
             attempts: self.attempts,
+            weights: None,
+            job: None,
         }
     }
+}
+
+/// Returns a digest of what a client asks for. `requested` is the model that it names.
+pub(crate) fn content_of(requested: &ModelKey, request: &InferRequest) -> Digest {
+    let InferRequest { tenant_id, input, .. } = request;
+    Digest::of(&codec::encode(&(tenant_id, requested, input)))
 }

@@ -13,11 +13,13 @@ use observability::metrics::ReasonLabel;
 use parking_lot::{Mutex, MutexGuard};
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, Decision, Empty, ExplainRequest, FLEET_LIST,
-    Fleet as FleetMessage, JOB_EXPLAIN, MODEL_MOVE, ModelMove, ModelResidency, NodeInfo, NodeRole, PRESENCE_REPORT,
-    ResidencyState, WorkerResidency,
+    ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, Empty, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN,
+    MODEL_MOVE, ModelMove, ModelResidency, NodeInfo, NodeRole, PRESENCE_REPORT, ResidencyState, WorkerResidency,
 };
 use protocol::infer::{InferRequest, SUBMIT};
+use protocol::jobs::{
+    DEAD_LETTER_LIST, DEAD_LETTER_PURGE, DEAD_LETTER_RELEASE, DEAD_LETTER_SHOW, JOB_CANCEL, JOB_LIST, JOB_SHOW,
+};
 use protocol::membership::Exclusion;
 use protocol::model::ModelKey;
 use protocol::presence::Rejection;
@@ -38,18 +40,21 @@ use crate::answers::Answers;
 use crate::circuit_breaker::{Admission, CircuitBreaker, Outcome};
 use crate::config::Config;
 use crate::crash_record::{CRASHES_MAX, CrashRecord, EngineCrash};
+use crate::dead_letters;
 use crate::decision_log::DecisionLog;
 use crate::discovery_sub::DiscoverySub;
 use crate::discovery_sub::search::Search;
 use crate::dispatch::{self, AttemptEnd, Delivery, Fault};
 use crate::fleet::{Change, Fleet, Wanted, listing};
+use crate::history_keeper::HistoryKeeper;
 use crate::job::JobEvent;
 use crate::journey::{Journey, Verdict};
 use crate::metrics::{BreakerLabel, Metrics, PhaseLabel};
+use crate::operator_check::OperatorCheck;
 use crate::policy_engine::PolicyEngine;
 use crate::refusals;
 use crate::registry_policies::RegistryPolicies;
-use crate::reservation_manager::{Ending, ReservationManager};
+use crate::reservation_manager::{Ending, Reservation, ReservationManager};
 use crate::retry_budget::RetryBudgets;
 use crate::retry_manager::{self, Failure, Part, Plan};
 use crate::scheduler::{self, Candidate, Placement, Refusal};
@@ -80,14 +85,14 @@ pub struct OrchestratorParts {
     pub metrics: Metrics,
     /// Decides which nodes may submit jobs, send reports and receive jobs.
     pub membership: Membership,
-    /// Encrypts the answers that are kept.
+    /// Encrypts the answers that are kept, and the requests of dead letters.
     pub sealing_key: SealingKey,
     pub version: String,
 }
 
 /// Finds a worker for each job and follows the job until it is settled.
 pub struct Orchestrator {
-    config: Config,
+    pub(crate) config: Config,
     region: Region,
     metrics: Metrics,
     fleet: Arc<Fleet>,
@@ -95,17 +100,19 @@ pub struct Orchestrator {
     search: Arc<Search>,
     policies: PolicyEngine,
     breakers: Mutex<HashMap<ModelKey, CircuitBreaker>>,
-    reservations: Arc<ReservationManager>,
-    decisions: DecisionLog,
+    pub(crate) store: Arc<dyn JobStore>,
+    pub(crate) reservations: Arc<ReservationManager>,
+    pub(crate) decisions: DecisionLog,
     retry_budgets: Mutex<RetryBudgets>,
     crashes: Mutex<CrashRecord>,
     records: Mutex<WorkerRecords>,
     client: Client,
     membership: Membership,
+    pub(crate) operators: OperatorCheck,
     /// Checks of workers that were set aside.
     checks: TaskTracker,
     answers: Arc<Answers>,
-    sealing_key: SealingKey,
+    pub(crate) sealing_key: SealingKey,
     /// Until when jobs wait for workers that were known before this start.
     workers_return_by: Instant,
 }
@@ -125,6 +132,7 @@ impl Orchestrator {
         }
         let end = loop {
             let end = self.attempt(&mut journey, delivery).await.unwrap_or_else(AttemptEnd::refused);
+            journey.ended(&end, self.reservations.now());
             self.judge(&mut journey, &end);
             if let ControlFlow::Break(end) = self.after(&mut journey, end, delivery).await {
                 break end;
@@ -239,9 +247,9 @@ impl Orchestrator {
     /// Writes the job and its reservation on the worker, or moves both there from the worker that failed.
     async fn reserve(&self, journey: &mut Journey, worker: &Candidate) -> Result<(), WireError> {
         journey.try_worker(worker.worker_id);
-        let model = journey.model().clone();
+        let (model, history) = (journey.model().clone(), journey.history().to_vec());
         if let Some(reservation) = &mut journey.reservation {
-            reservation.reassign(model, worker.worker_id, worker.capacity).await?;
+            reservation.reassign(model, worker.worker_id, worker.capacity, history).await?;
         } else {
             let reserved = self
                 .reservations
@@ -275,14 +283,14 @@ impl Orchestrator {
             attempt = reservation.attempt,
             "dispatch"
         );
-        let (worker_id, void) = (reservation.worker_id, reservation.void.clone());
+        let (worker_id, stop) = (reservation.worker_id, reservation.stop.clone());
         let context_length = self.fleet.context_length(worker_id, journey.model());
         journey.is_dispatched = true;
         let timeouts = dispatch::Timeouts {
             options,
             token_stall: (self.config.token_stall_secs > 0).then(|| Duration::from_secs(self.config.token_stall_secs)),
         };
-        Ok(dispatch::attempt(&self.client, worker_id, timeouts, context_length, &void, journey, delivery).await)
+        Ok(dispatch::attempt(&self.client, worker_id, timeouts, context_length, &stop, journey, delivery).await)
     }
 
     /// Decides whether another attempt follows.
@@ -292,7 +300,7 @@ impl Orchestrator {
         let aside = match fault {
             Fault::Unacknowledged => Some("it did not acknowledge a job"),
             Fault::Ended => Some("its port is closed, so its process has ended"),
-            Fault::None | Fault::Leaving | Fault::Breach => None,
+            Fault::None | Fault::Lost | Fault::Leaving | Fault::Breach => None,
         };
         if let Some((reason, reservation)) = aside.zip(journey.reservation.as_ref()) {
             self.set_aside(reservation.worker_id, journey.attempt_began, reason);
@@ -344,6 +352,10 @@ impl Orchestrator {
                 tokio::select! {
                     () = time::sleep(after) => ControlFlow::Continue(()),
                     () = delivery.gone() => {
+                        let usage = delivery.read_of(journey.delivered_usage());
+                        ControlFlow::Break(AttemptEnd::CallerGone { usage })
+                    }
+                    () = cancelled(journey) => {
                         let usage = delivery.read_of(journey.delivered_usage());
                         ControlFlow::Break(AttemptEnd::CallerGone { usage })
                     }
@@ -402,7 +414,11 @@ impl Orchestrator {
             AttemptEnd::Complete { finish_reason, .. } => {
                 (Ending::completed(*finish_reason, usage), JobEvent::Complete)
             }
-            AttemptEnd::CallerGone { .. } => (Ending::cancelled(usage), JobEvent::Cancel),
+            AttemptEnd::CallerGone { .. } => {
+                let is_by_operator = journey.reservation.as_ref().is_some_and(Reservation::is_cancelled);
+                let error = is_by_operator.then(refusals::cancelled);
+                (Ending { error, ..Ending::cancelled(usage) }, JobEvent::Cancel)
+            }
             AttemptEnd::Failed { error, .. } => {
                 // `NoCapacity` would hide why the earlier attempts failed.
                 let error = journey
@@ -418,6 +434,12 @@ impl Orchestrator {
         journey.step(event);
         let (worker, outcome) = (journey.last_worker(), ending.outcome());
         journey.note(outcome);
+        ending.history = journey.history().to_vec();
+        ending.continued = journey.continued;
+        ending.dead_letter = dead_letters::cause(&end, journey.history(), self.config.attempts_max).map(|cause| {
+            let history = journey.history().to_vec();
+            dead_letters::letter(cause, &journey.original(), history, &self.sealing_key, &self.config)
+        });
         let error = ending.error.clone();
         if let Some(error) = &error
             && matches!(error.code, ErrorCode::NoCapacity | ErrorCode::ModelLoading)
@@ -491,7 +513,7 @@ impl Orchestrator {
         is_dead
     }
 
-    fn crashes(&self) -> MutexGuard<'_, CrashRecord> {
+    pub(crate) fn crashes(&self) -> MutexGuard<'_, CrashRecord> {
         self.crashes.lock()
     }
 
@@ -659,9 +681,12 @@ impl Orchestrator {
             marks,
         );
         let membership_task = MembershipTask::new(client.clone(), directory.clone());
+        let operators = OperatorCheck::new(client.clone(), directory.clone());
         let policies = RegistryPolicies::new(client.clone(), directory);
         let lease = Duration::from_secs(config.lease_secs.max(3));
-        let reservations = ReservationManager::new(store, clock, fleet.clone(), metrics.clone(), region.clone(), lease);
+        let keeper = HistoryKeeper::new(store.clone(), clock.clone(), metrics.clone(), &config);
+        let reservations =
+            ReservationManager::new(store.clone(), clock, fleet.clone(), metrics.clone(), region.clone(), lease);
         let orchestrator = Arc::new(Self {
             policies: PolicyEngine::new(
                 Arc::new(policies),
@@ -681,6 +706,8 @@ impl Orchestrator {
             search: Arc::new(search),
             client,
             membership,
+            operators,
+            store,
             checks: TaskTracker::new(),
             answers: Arc::default(),
             sealing_key,
@@ -715,6 +742,7 @@ impl Orchestrator {
             async move { answers.run(ended).await }
         });
 
+        background.spawn(keeper.run(ended.clone()));
         background.spawn(suspect_after_pauses(orchestrator.client.clone(), ended.clone()));
 
         let drain = Duration::from_secs(orchestrator.config.drain_secs);
@@ -768,6 +796,14 @@ impl Orchestrator {
             .unary(FLEET_LIST, gateway(), Self::list_fleet)
             .unary(JOB_EXPLAIN, gateway(), Self::explain)
             .unary(MODEL_MOVE, gateway(), Self::move_for_gateway)
+            .unary(JOB_LIST, gateway(), Self::list_jobs)
+            .unary(JOB_SHOW, gateway(), Self::show_jobs)
+            // These check the operator's token as well.
+            .unary(JOB_CANCEL, gateway(), Self::cancel_jobs)
+            .unary(DEAD_LETTER_LIST, gateway(), Self::list_dead_letters)
+            .unary(DEAD_LETTER_SHOW, gateway(), Self::show_dead_letter)
+            .unary(DEAD_LETTER_RELEASE, gateway(), Self::release_dead_letter)
+            .unary(DEAD_LETTER_PURGE, gateway(), Self::purge_dead_letters)
             // Reports carry their worker's signature, and refused ones are counted by reason.
             .unary(PRESENCE_REPORT, Access::Anyone, Self::report)
             .unary(ARTIFACT_HOLDERS, Access::Role(NodeRole::Worker), Self::list_holders)
@@ -802,10 +838,13 @@ impl Orchestrator {
     async fn move_for_gateway(self: Arc<Self>, _: Caller, request: ModelMove) -> Result<ModelResidency, WireError> {
         Ok(self.move_model(request).await)
     }
+}
 
-    #[expect(clippy::unused_async, reason = "handlers are async")]
-    async fn explain(self: Arc<Self>, _: Caller, request: ExplainRequest) -> Result<Arc<Decision>, WireError> {
-        self.decisions.get(request.correlation_id).ok_or_else(refusals::forgotten)
+/// Waits until an operator cancels the job. Cancel safe.
+async fn cancelled(journey: &Journey) {
+    match &journey.reservation {
+        Some(reservation) => reservation.stop.cancelled.cancelled().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -16,6 +16,11 @@ pub(crate) fn crashes_engines() -> WireError {
     WireError::new(ErrorCode::RequestCrashesEngine, message)
 }
 
+/// The error of a job that an operator cancelled.
+pub(crate) fn cancelled() -> WireError {
+    WireError::new(ErrorCode::CancelledByOperator, "an operator of the network cancelled this request")
+}
+
 /// The error of a job that no worker can take.
 pub(crate) fn no_capacity(model: &ModelKey, adapter: Option<&AdapterName>, placement: &Placement) -> WireError {
     let name = adapter.map_or_else(|| model.to_string(), |adapter| format!("{model}:{adapter}"));
@@ -82,5 +87,8 @@ pub(crate) fn in_mid_answer(error: WireError) -> WireError {
 
 /// The error of a lookup for a decision that is no longer kept.
 pub(crate) fn forgotten() -> WireError {
-    WireError::new(ErrorCode::NotFound, "no decision of this job is remembered")
+    WireError::new(
+        ErrorCode::NotFound,
+        "no job of this request is known; an orchestrator keeps them for a limited time",
+    )
 }

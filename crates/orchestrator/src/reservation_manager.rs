@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metadata_store::{
-    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment, ReserveError,
-    Reserved, SealedAnswer, Settlement, StoreError, TerminalState,
+    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, NewDeadLetter, NewJob, ReassignError,
+    Reassignment, ReserveError, Reserved, SealedAnswer, Settlement, StoreError, TerminalState,
 };
 use parking_lot::Mutex;
 use protocol::infer::{FinishReason, InferRequest};
+use protocol::jobs::AttemptRecord;
 use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
-use protocol::{Clock, ErrorCode, Region, UnixMillis, WireError, WorkerId};
+use protocol::{Clock, CorrelationId, ErrorCode, Region, UnixMillis, WireError, WorkerId};
 use rpc::backoff::Backoff;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
@@ -43,7 +44,18 @@ pub struct ReservationManager {
     metrics: Metrics,
     region: Region,
     lease: Duration,
-    held: Mutex<HashMap<JobKey, CancellationToken>>,
+    held: Mutex<HashMap<JobKey, Stop>>,
+}
+
+/// What ends a running job from outside, and its end.
+#[derive(Clone, Default)]
+pub struct Stop {
+    /// Cancelled when the lease is lost: the attempt is void and must end.
+    pub void: CancellationToken,
+    /// Cancelled when an operator cancels the job.
+    pub cancelled: CancellationToken,
+    /// Cancelled when the reservation has ended.
+    ended: CancellationToken,
 }
 
 /// A job's reservation on a worker, written to disk.
@@ -57,8 +69,7 @@ pub struct Reservation {
     pub worker_id: WorkerId,
     /// Number of the attempt, counted from 1.
     pub attempt: u32,
-    /// Cancelled when the lease is lost: the attempt is void and must end.
-    pub void: CancellationToken,
+    pub stop: Stop,
 }
 
 /// Counts a job on a worker until dropped. Counting starts when the worker is chosen, before the reservation is
@@ -89,27 +100,45 @@ pub struct Ending {
     pub error: Option<WireError>,
     /// The answer to keep for repeats of the request.
     pub answer: Option<SealedAnswer>,
+    /// The attempts that have ended.
+    pub history: Vec<AttemptRecord>,
+    /// How often another worker continued the answer.
+    pub continued: u32,
+    pub dead_letter: Option<NewDeadLetter>,
 }
 
 impl Ending {
     /// The answer is complete.
     pub fn completed(finish_reason: Option<FinishReason>, usage: TokenUsage) -> Self {
-        Self { state: TerminalState::Completed, finish_reason, usage: Some(usage), error: None, answer: None }
+        Self { finish_reason, usage: Some(usage), ..Self::of(TerminalState::Completed) }
     }
 
     /// The caller cancelled; what it received is billed.
     pub fn cancelled(usage: TokenUsage) -> Self {
-        Self { state: TerminalState::Cancelled, finish_reason: None, usage: Some(usage), error: None, answer: None }
+        Self { usage: Some(usage), ..Self::of(TerminalState::Cancelled) }
     }
 
     /// The job failed; nothing is billed.
     pub fn failed(error: WireError) -> Self {
-        Self { state: TerminalState::Failed, finish_reason: None, usage: None, error: Some(error), answer: None }
+        Self { error: Some(error), ..Self::of(TerminalState::Failed) }
     }
 
     /// The job must not be retried; nothing is billed.
     pub fn dead(error: WireError) -> Self {
         Self { state: TerminalState::Dead, ..Self::failed(error) }
+    }
+
+    fn of(state: TerminalState) -> Self {
+        Self {
+            state,
+            finish_reason: None,
+            usage: None,
+            error: None,
+            history: vec![],
+            continued: 0,
+            dead_letter: None,
+            answer: None,
+        }
     }
 
     /// Returns the error code, or the state if there is no error.
@@ -184,14 +213,10 @@ impl ReservationManager {
             Ok(Reserved::New) => 1,
             Ok(Reserved::Again { attempt }) => attempt,
         };
-        let void = CancellationToken::new();
-        self.lock().insert(key.clone(), void.clone());
+        let stop = Stop::default();
+        self.lock().insert(key.clone(), stop.clone());
         self.metrics.reservations_active.inc();
-        Ok(Reservation { manager: self.clone(), counted, key, worker_id, attempt, void })
-    }
-
-    pub(crate) fn now(&self) -> UnixMillis {
-        self.clock.now()
+        Ok(Reservation { manager: self.clone(), counted, key, worker_id, attempt, stop })
     }
 
     pub(crate) async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, WireError> {
@@ -209,6 +234,22 @@ impl ReservationManager {
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
             while let Ok(PRUNED_AT_ONCE..) = self.store.prune_answers(self.now(), bytes_max, PRUNED_AT_ONCE).await {}
         }
+    }
+
+    /// Returns the time of day.
+    pub fn now(&self) -> UnixMillis {
+        self.clock.now()
+    }
+
+    /// Cancels the running jobs of a request. Returns each with a token that is cancelled once it has ended.
+    pub fn cancel(&self, id: CorrelationId) -> Vec<(JobKey, CancellationToken)> {
+        let held = self.lock();
+        let of_request = held.iter().filter(|(key, _)| key.correlation_id == id);
+        let cancel = |(key, stop): (&JobKey, &Stop)| {
+            stop.cancelled.cancel();
+            (key.clone(), stop.ended.clone())
+        };
+        of_request.map(cancel).collect()
     }
 
     /// Renews the leases of running jobs and releases expired ones until `stop` is cancelled.
@@ -231,9 +272,9 @@ impl ReservationManager {
                 for key in &lost {
                     // The job was settled meanwhile, or its lease is lost. Only a lost one still has an attempt
                     // running.
-                    if let Some(void) = held.get(key) {
+                    if let Some(stop) = held.get(key) {
                         warn!(correlation_id = %key.correlation_id, "lease lost, the attempt is void");
-                        void.cancel();
+                        stop.void.cancel();
                     }
                 }
             }
@@ -253,18 +294,24 @@ impl ReservationManager {
         }
     }
 
-    fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<JobKey, CancellationToken>> {
+    fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<JobKey, Stop>> {
         self.held.lock()
     }
 }
 
 impl Reservation {
+    /// Returns whether an operator cancelled the job.
+    pub fn is_cancelled(&self) -> bool {
+        self.stop.cancelled.is_cancelled()
+    }
+
     /// Moves the job to another worker or model as its next attempt. On an error the job stays where it is.
     pub async fn reassign(
         &mut self,
         model: ModelKey,
         worker_id: WorkerId,
         worker_capacity: u32,
+        history: Vec<AttemptRecord>,
     ) -> Result<(), WireError> {
         let manager = &self.manager;
         let counted = Counted::on(&manager.fleet, worker_id);
@@ -277,6 +324,7 @@ impl Reservation {
             worker_capacity,
             now,
             lease_until: now.after(manager.lease),
+            history,
         };
         manager.store.reassign(reassignment).await.map_err(|error| match error {
             ReassignError::Store(error) => store_error(&error),
@@ -303,6 +351,9 @@ impl Reservation {
             usage: ending.usage,
             answer: ending.answer,
             now: self.manager.clock.now(),
+            history: ending.history,
+            continued: ending.continued,
+            dead_letter: ending.dead_letter,
         };
         let settled = self.settle(settlement).await;
         settled.map_err(|error| match error {
@@ -333,6 +384,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.manager.lock().remove(&self.key);
+        self.stop.ended.cancel();
         self.manager.metrics.reservations_active.dec();
     }
 }

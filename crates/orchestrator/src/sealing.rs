@@ -2,8 +2,6 @@
 
 use chacha20poly1305::aead::{Aead as _, KeyInit as _, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
-use metadata_store::JobKey;
-use protocol::codec;
 
 const NONCE_BYTES: usize = 24;
 
@@ -18,25 +16,25 @@ impl std::fmt::Debug for SealingKey {
     }
 }
 
-/// What was sealed is damaged, belongs to another job, or was sealed with another key.
+/// What was sealed is damaged, belongs to another owner, or was sealed with another key.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot be opened with this key")]
 pub(crate) struct Unopened;
 
 impl SealingKey {
-    /// Encrypts what belongs to a job: XChaCha20-Poly1305, with a random nonce in front. Returns `None` if the system
-    /// has no randomness.
-    pub(crate) fn seal(&self, job: &JobKey, plain: &[u8]) -> Option<Vec<u8>> {
+    /// Encrypts a text that belongs to `owner`: XChaCha20-Poly1305, with a random nonce in front. Returns `None` if the
+    /// system has no randomness.
+    pub(crate) fn seal(&self, owner: &[u8], plain: &[u8]) -> Option<Vec<u8>> {
         let mut nonce = [0; NONCE_BYTES];
         getrandom::fill(&mut nonce).ok()?;
-        let payload = Payload { msg: plain, aad: &belonging_to(job) };
+        let payload = Payload { msg: plain, aad: owner };
         let sealed = self.cipher().encrypt(&XNonce::from(nonce), payload).ok()?;
         Some([&nonce[..], &sealed].concat())
     }
 
-    pub(crate) fn open(&self, job: &JobKey, sealed: &[u8]) -> Result<Vec<u8>, Unopened> {
+    pub(crate) fn open(&self, owner: &[u8], sealed: &[u8]) -> Result<Vec<u8>, Unopened> {
         let (nonce, sealed) = sealed.split_first_chunk::<NONCE_BYTES>().ok_or(Unopened)?;
-        let payload = Payload { msg: sealed, aad: &belonging_to(job) };
+        let payload = Payload { msg: sealed, aad: owner };
         self.cipher().decrypt(&XNonce::from(*nonce), payload).map_err(|_| Unopened)
     }
 
@@ -45,33 +43,21 @@ impl SealingKey {
     }
 }
 
-fn belonging_to(job: &JobKey) -> Vec<u8> {
-    codec::encode(&("answer", &job.tenant_id, job.correlation_id, &job.retry_token))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn job(token: &str) -> JobKey {
-        JobKey {
-            tenant_id: "acme".parse().expect("tenant"),
-            correlation_id: "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("id"),
-            retry_token: token.parse().expect("token"),
-        }
-    }
-
     #[test]
-    fn what_is_sealed_opens_for_its_job_and_key_alone() {
+    fn what_is_sealed_opens_for_its_owner_and_key_alone() {
         let key = SealingKey([7; 32]);
-        let sealed = key.seal(&job("a"), b"the answer").expect("sealed");
-        assert_eq!(key.open(&job("a"), &sealed).as_deref(), Ok(&b"the answer"[..]));
-        assert_eq!(key.open(&job("b"), &sealed), Err(Unopened));
-        assert_eq!(SealingKey([8; 32]).open(&job("a"), &sealed), Err(Unopened));
+        let sealed = key.seal(b"a", b"the answer").expect("sealed");
+        assert_eq!(key.open(b"a", &sealed).as_deref(), Ok(&b"the answer"[..]));
+        assert_eq!(key.open(b"b", &sealed), Err(Unopened));
+        assert_eq!(SealingKey([8; 32]).open(b"a", &sealed), Err(Unopened));
         assert!(!sealed.windows(6).any(|bytes| bytes == b"answer"));
-        assert_ne!(key.seal(&job("a"), b"the answer"), Some(sealed.clone()), "nonces differ");
+        assert_ne!(key.seal(b"a", b"the answer"), Some(sealed.clone()), "nonces differ");
         for cut in 0..sealed.len() {
-            assert_eq!(key.open(&job("a"), &sealed[..cut]), Err(Unopened));
+            assert_eq!(key.open(b"a", &sealed[..cut]), Err(Unopened));
         }
     }
 }

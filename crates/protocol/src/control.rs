@@ -8,6 +8,7 @@ use crate::health::HealthReport;
 use crate::id::{
     AdapterName, CorrelationId, Digest, InviteId, ModelName, ModelVersion, PublicKey, Region, TenantId, WorkerId,
 };
+use crate::jobs::{AttemptRecord, JobInfo};
 use crate::membership::Transcript;
 use crate::model::{AdapterEntry, AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
 use crate::policy::TenantPolicy;
@@ -49,6 +50,8 @@ pub const MODEL_KEEP: &str = "registry.model.keep";
 pub const ALIAS_SET: &str = "registry.alias.set";
 /// Registry: removes an alias for an operator. [`ByOperator`] of an [`AliasRemove`] → [`AliasRemoved`].
 pub const ALIAS_REMOVE: &str = "registry.alias.remove";
+/// Registry: checks that a token may operate the network. [`OperatorRequest`] → [`Empty`].
+pub const OPERATOR_CHECK: &str = "registry.operator.check";
 /// Registry: lists models, adapters and aliases to an operator. [`OperatorRequest`] → [`Catalog`].
 pub const OPERATOR_CATALOG_LIST: &str = "registry.operator.catalog.list";
 /// Orchestrator: makes every worker that serves a model load or unload it. Worker: loads or unloads it. [`ModelMove`] →
@@ -749,8 +752,51 @@ pub struct Decision {
     pub correlation_id: CorrelationId,
     /// Tenant of the job.
     pub tenant_id: TenantId,
-    /// Attempts, in order.
+    /// Attempts, in order. Once the orchestrator has forgotten the candidates, only attempts that had a worker are
+    /// left.
     pub attempts: Vec<AttemptDecision>,
+    /// Weights of the terms of the scores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<ScoreWeights>,
+    /// The job, with the ends of its attempts. Absent if it never got a reservation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<Box<JobInfo>>,
+}
+
+impl Decision {
+    /// Returns what is left of a job's decision without its candidates.
+    pub fn without_candidates(job: &JobInfo) -> Self {
+        let decision = |record: &AttemptRecord| AttemptDecision {
+            attempt: record.attempt,
+            chosen: Some(record.worker_id),
+            outcome: record.outcome.clone(),
+            candidates: vec![],
+            refused: vec![],
+        };
+        Self {
+            correlation_id: job.correlation_id,
+            tenant_id: job.tenant_id.clone(),
+            attempts: job.history.iter().map(decision).collect(),
+            weights: None,
+            job: None,
+        }
+    }
+}
+
+/// Weights of the terms of a worker's score.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ScoreWeights {
+    /// Weight of a loaded model and an attached adapter.
+    pub model_match: f64,
+    /// Weight of a near region.
+    pub region_proximity: f64,
+    /// Weight of free slots and a short queue.
+    pub queue_depth: f64,
+    /// Weight of the share of the prompt in the worker's prefix cache.
+    pub warm_cache: f64,
+    /// Weight of the speed relative to the fastest candidate.
+    pub speed: f64,
 }
 
 /// One attempt of a job.

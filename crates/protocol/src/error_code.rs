@@ -58,6 +58,8 @@ pub enum ErrorCode {
     EngineCrashed,
     /// Several engines crashed on this request. It is not run again.
     RequestCrashesEngine,
+    /// An operator cancelled the request.
+    CancelledByOperator,
     /// The deadline passed before the answer began.
     DeadlineExceeded,
     /// No worker has free capacity.
@@ -107,7 +109,7 @@ pub enum Blame {
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 38] = [
+    pub const ALL: [Self; 39] = [
         Self::InvalidJson,
         Self::InvalidValue,
         Self::MissingModel,
@@ -129,6 +131,7 @@ impl ErrorCode {
         Self::WorkerFailed,
         Self::EngineCrashed,
         Self::RequestCrashesEngine,
+        Self::CancelledByOperator,
         Self::DeadlineExceeded,
         Self::NoCapacity,
         Self::BreakerOpen,
@@ -172,6 +175,7 @@ impl ErrorCode {
             Self::WorkerFailed => "worker_failed",
             Self::EngineCrashed => "engine_crashed",
             Self::RequestCrashesEngine => "request_crashes_engine",
+            Self::CancelledByOperator => "cancelled_by_operator",
             Self::DeadlineExceeded => "deadline_exceeded",
             Self::NoCapacity => "no_capacity",
             Self::BreakerOpen => "breaker_open",
@@ -217,7 +221,7 @@ impl ErrorCode {
             Self::RateLimitExceeded => 429,
             // Nginx's status for a client that closed the connection. Nobody reads it.
             Self::Cancelled => 499,
-            Self::InternalError | Self::StaleAttempt | Self::RequestCrashesEngine => 500,
+            Self::InternalError | Self::StaleAttempt | Self::RequestCrashesEngine | Self::CancelledByOperator => 500,
             Self::WorkerFailed | Self::EngineCrashed => 502,
             Self::NoCapacity
             | Self::BreakerOpen
@@ -405,7 +409,7 @@ impl WireError {
     /// Returns whether the same request may succeed later. Official SDKs retry a status of 500 or more, unless the
     /// response forbids it.
     pub fn should_retry(&self) -> bool {
-        self.code != ErrorCode::RequestCrashesEngine
+        !matches!(self.code, ErrorCode::RequestCrashesEngine | ErrorCode::CancelledByOperator)
     }
 
     /// Returns the error of a job that fails because a worker returned this error.

@@ -14,6 +14,7 @@ pub mod gateway;
 pub mod health;
 pub mod id;
 pub mod infer;
+pub mod jobs;
 pub mod keep_alive;
 pub mod membership;
 pub mod model;

@@ -16,9 +16,9 @@ use protocol::control::{
     Enrolled, INVITE_CREATE, INVITE_REDEEM, InviteCreate, InviteCreated, InviteRedeem, MODEL_ADD, MODEL_KEEP,
     MODEL_OFFER, MODEL_REMOVE, ModelAdd, ModelKeep, ModelRemove, ModelRemoved, NODE_LIST, NODE_RENAME, NODE_REVOKE,
     NodeInfo, NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked, NodeRole, OPERATOR_CATALOG_LIST,
-    OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET, POOL_STATE,
-    PolicyRequest, PoolState, PoolStateRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenCreated, TokenGrant,
-    TokenList, TokenRevoke, TokenRevoked,
+    OPERATOR_CHECK, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET,
+    POOL_STATE, PolicyRequest, PoolState, PoolStateRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenCreated,
+    TokenGrant, TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::membership::Certificate;
 use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelOffer};
@@ -167,6 +167,7 @@ impl Registry {
             .unary(OPERATOR_TOKEN_CREATE, Access::Anyone, by_operator(Self::issue_token))
             .unary(OPERATOR_TOKEN_LIST, Access::Anyone, by_operator(Self::list_tokens))
             .unary(OPERATOR_TOKEN_REVOKE, Access::Anyone, by_operator(Self::revoke_token))
+            .unary(OPERATOR_CHECK, Access::Anyone, by_operator(Self::confirm_operator))
             .unary(OPERATOR_CATALOG_LIST, Access::Anyone, by_operator(Self::list_catalog))
             .unary(MODEL_ADD, Access::Anyone, by_operator(Self::add_model))
             .unary(MODEL_REMOVE, Access::Anyone, by_operator(Self::remove_model))
@@ -233,6 +234,12 @@ impl Registry {
 
     async fn revoke_token(self: Arc<Self>, operation: ByOperator<TokenRevoke>) -> Result<TokenRevoked, WireError> {
         self.tokens.revoke(&operation.request.key_id).await.map_err(|error| unavailable(&error))
+    }
+
+    /// Responds to a token that was checked already.
+    #[expect(clippy::unused_async, reason = "handlers are async")]
+    async fn confirm_operator(self: Arc<Self>, _: OperatorRequest) -> Result<Empty, WireError> {
+        Ok(Empty {})
     }
 
     async fn list_catalog(self: Arc<Self>, _: OperatorRequest) -> Result<Catalog, WireError> {

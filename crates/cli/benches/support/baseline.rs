@@ -91,6 +91,9 @@ pub(crate) async fn two_commits(store: &dyn JobStore, number: u128) -> (Duration
         error: None,
         usage: None,
         now,
+        history: vec![],
+        continued: 0,
+        dead_letter: None,
     };
     let began = Instant::now();
     store.finalise(settlement).await.unwrap();

@@ -83,7 +83,7 @@ async fn revoke_at(admin: &AdminClient, args: &TokenRevokeArgs) -> anyhow::Resul
 }
 
 /// Asks the user for confirmation. A script must confirm with a flag.
-fn confirm(warning: &str) -> anyhow::Result<()> {
+pub(super) fn confirm(warning: &str) -> anyhow::Result<()> {
     if !io::stdin().is_terminal() {
         bail!("{warning} Give --yes to go on");
     }
@@ -131,7 +131,7 @@ fn row(token: TokenInfo, now: UnixMillis) -> Vec<String> {
     ]
 }
 
-fn date(at: UnixMillis) -> String {
+pub(super) fn date(at: UnixMillis) -> String {
     let seconds = (at.0 / 1000) as i64;
     OffsetDateTime::from_unix_timestamp(seconds).ok().and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_default()
 }

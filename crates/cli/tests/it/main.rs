@@ -18,6 +18,7 @@ mod memory_network;
 #[cfg(feature = "llama")]
 mod mesh;
 mod network;
+mod operations;
 mod own_models;
 mod processes;
 mod program;

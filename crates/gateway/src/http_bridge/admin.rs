@@ -2,11 +2,16 @@
 
 pub(super) mod adapters;
 pub(super) mod aliases;
+pub(super) mod dead_letters;
 pub(super) mod fleet;
+pub(super) mod jobs;
 pub(super) mod members;
 pub(super) mod models;
 pub(super) mod tokens;
 
+use std::convert::Infallible;
+use std::fmt::Display;
+use std::str::FromStr;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -14,7 +19,7 @@ use axum::extract::{FromRequest, FromRequestParts, Request};
 use bytes::Bytes;
 use http::request::Parts;
 use protocol::control::{ByOperator, Scope};
-use protocol::{WireError, codec};
+use protocol::{CorrelationId, ErrorCode, MalformedId, WireError, codec};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -54,6 +59,35 @@ impl Operator {
     ) -> Result<Reply, WireError> {
         self.gateway.ask_registry(method, &ByOperator { token: self.token.clone(), request }).await
     }
+}
+
+/// The query of an operator's request. Values are compared as they are: those that a list takes need no percent signs.
+pub(super) struct AdminQuery(String);
+
+impl<S: Sync> FromRequestParts<S> for AdminQuery {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        Ok(Self(parts.uri.query().unwrap_or_default().to_owned()))
+    }
+}
+
+impl AdminQuery {
+    /// Returns a parameter, or `None` if it is not given.
+    fn get<T: FromStr<Err: Display>>(&self, name: &'static str) -> Result<Option<T>, WireError> {
+        let given = self.0.split('&').filter_map(|part| part.split_once('=')).find(|(found, _)| *found == name);
+        let Some((_, value)) = given else { return Ok(None) };
+        value.parse().map(Some).map_err(|error| {
+            WireError::new(ErrorCode::InvalidValue, format!("{name} has an invalid value: {error}")).with_param(name)
+        })
+    }
+}
+
+/// Parses the id of a request, as in the header `x-request-id` of its response.
+fn request_id(text: &str) -> Result<CorrelationId, WireError> {
+    text.parse().map_err(|malformed: MalformedId| {
+        WireError::new(ErrorCode::InvalidValue, malformed.to_string()).with_param("correlationId")
+    })
 }
 
 /// The JSON body of an operator's request.

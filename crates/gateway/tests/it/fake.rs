@@ -17,6 +17,7 @@ use protocol::infer::{
     EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Origin, Payload, Progress, SUBMIT, TokenLogprob,
     ToolCallDelta,
 };
+use protocol::jobs::{JOB_LIST, JobPage, JobQuery};
 use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::signature::NodeKey;
@@ -225,12 +226,17 @@ impl Fake {
                 let workers = workers.lock().clone();
                 async move { Ok(Fleet { workers }) }
             })
+            .unary(JOB_LIST, |_, query: JobQuery| async move {
+                let next = (query.limit == 1).then(|| query.before.unwrap_or(9) - 1).filter(|next| *next > 5);
+                Ok(JobPage { jobs: vec![], next })
+            })
             .unary(JOB_EXPLAIN, |_, request: ExplainRequest| async move {
                 if request.correlation_id.0.is_nil() {
                     return Err(WireError::new(ErrorCode::NotFound, "no such job"));
                 }
                 let tenant_id = "acme".parse().expect("tenant");
-                Ok(Decision { correlation_id: request.correlation_id, tenant_id, attempts: vec![] })
+                let correlation_id = request.correlation_id;
+                Ok(Decision { correlation_id, tenant_id, attempts: vec![], weights: None, job: None })
             })
             .stream(SUBMIT, move |call| {
                 let fake = fake.clone();

@@ -309,6 +309,69 @@ async fn operators_routes_are_for_operators() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_admin_route_is_for_operators() {
+    let network = Network::start().await;
+    let document: serde_json::Value = network.get("/openapi.json").await.json().await.expect("JSON");
+    let mut routes = 0;
+    for (path, item) in document["paths"].as_object().expect("paths") {
+        if !path.starts_with("/admin/") {
+            continue;
+        }
+        let path: Vec<&str> = path.split('/').map(|part| if part.starts_with('{') { "x" } else { part }).collect();
+        for method in item.as_object().expect("operations").keys() {
+            let method: Method = method.to_uppercase().parse().expect("a method");
+            let request = network.request(method, &path.join("/")).bearer_auth(fake::token(1));
+            expect_error(request.send().await.expect("answered"), 403, "insufficient_scope", None).await;
+            routes += 1;
+        }
+    }
+    assert!(routes > 25, "{routes} routes");
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_jobs_says_which_orchestrators_are_missing_and_what_is_malformed() {
+    let network = Network::start().await;
+    let ask = |method: Method, path: &str| {
+        let request = network.request(method, path).bearer_auth(fake::token(4));
+        async { request.send().await.expect("answered") }
+    };
+    let list = async |query: &str| -> serde_json::Value {
+        ask(Method::GET, &format!("/admin/v1/jobs{query}")).await.json().await.expect("JSON")
+    };
+    assert_eq!(list("").await, serde_json::json!({ "jobs": [] }));
+    // Pages may be empty before the last one.
+    let (mut after, mut pages) = (String::new(), 0);
+    while let Some(next) = list(&format!("?limit=1{after}")).await["next"].as_str() {
+        (after, pages) = (format!("&after={next}"), pages + 1);
+        assert!(pages < 10);
+    }
+    assert_eq!(pages, 3);
+    for (query, param) in [
+        ("?limit=x", "limit"),
+        ("?status=x", "status"),
+        ("?tenant=A", "tenant"),
+        ("?model=-", "model"),
+        ("?after=x", "after"),
+    ] {
+        let refused = ask(Method::GET, &format!("/admin/v1/jobs{query}")).await;
+        expect_error(refused, 400, "invalid_value", Some(param)).await;
+    }
+    let refused = ask(Method::DELETE, "/admin/v1/dead-letters").await;
+    expect_error(refused, 400, "invalid_value", Some("before")).await;
+    // One of an earlier version has no such call.
+    network.fake.orchestrator_without_workers(&network.tasks, &network.stop).await;
+    let other = protocol::signature::NodeKey::from_seed(&[3; 32]).public_key();
+    let mut listed = list("").await;
+    while listed.get("silent").is_none() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        listed = list("").await;
+    }
+    assert_eq!(listed, serde_json::json!({ "jobs": [], "silent": [other] }));
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn operators_make_list_and_revoke_tokens() {
     let network = Network::start().await;
     let send = |method: Method, path: &str, token: String, body: &str| {

@@ -1,13 +1,14 @@
 //! [`JobStore`] in SQLite: what each call reads or writes.
 
 use async_trait::async_trait;
+use protocol::jobs::{DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JobQuery};
 use protocol::presence::HighWater;
-use protocol::{TenantId, UnixMillis, WorkerId};
+use protocol::{CorrelationId, TenantId, UnixMillis, WorkerId};
 
-use super::{SqliteStore, answers, jobs, presence, reservations, usage};
+use super::{SqliteStore, answers, dead_letters, jobs, presence, reservations, usage};
 use crate::job_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved,
-    Settlement, UsageCursor, UsageRecord,
+    FinaliseError, Finalised, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment, RecordPage,
+    ReserveError, Reserved, Settlement, UsageCursor, UsageRecord,
 };
 use crate::store::StoreError;
 
@@ -45,6 +46,34 @@ impl JobStore for SqliteStore {
 
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> {
         self.write(move |connection| answers::prune(connection, now, bytes_max, limit)).await
+    }
+
+    async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobRecord>, StoreError> {
+        self.read(move |connection| jobs::of_request(connection, &id)).await
+    }
+
+    async fn list_jobs(&self, query: JobQuery) -> Result<RecordPage, StoreError> {
+        self.read(move |connection| jobs::list(connection, &query)).await
+    }
+
+    async fn prune(&self, settled_before: UnixMillis, limit: u32) -> Result<u32, StoreError> {
+        self.write(move |connection| jobs::prune(connection, settled_before, limit)).await
+    }
+
+    async fn list_dead_letters(&self, query: DeadLetterQuery) -> Result<DeadLetterPage, StoreError> {
+        self.read(move |connection| dead_letters::list(connection, &query)).await
+    }
+
+    async fn dead_letter(&self, id: CorrelationId) -> Result<Option<(DeadLetter, Option<Vec<u8>>)>, StoreError> {
+        self.read(move |connection| dead_letters::newest_of(connection, &id)).await
+    }
+
+    async fn purge_dead_letters(&self, purge: DeadLetterPurge) -> Result<u64, StoreError> {
+        self.write(move |connection| dead_letters::purge(connection, &purge)).await
+    }
+
+    async fn count_dead_letters(&self) -> Result<u64, StoreError> {
+        self.read(dead_letters::count).await
     }
 
     async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError> {

@@ -1,15 +1,19 @@
-//! Reads jobs from the `jobs` table and settles them.
+//! Reads jobs from the `jobs` table, settles them, and removes old ones.
 
 use protocol::infer::FinishReason;
+use protocol::jobs::{AttemptRecord, JobQuery, JobStatus, PAGE_MAX};
 use protocol::usage::TokenUsage;
-use protocol::{PublicKey, TraceId};
+use protocol::{CorrelationId, ModelName, PublicKey, TenantId, TraceId, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::row::{self, integer};
-use super::{answers, reservations, usage};
+use super::{answers, dead_letters, reservations, usage};
 use crate::job_store::{
-    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, Settlement, TerminalState,
+    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, RecordPage, Settlement, TerminalState,
 };
+
+/// The most jobs that one page looks at, so that a filter that matches little does not hold up other reads.
+const SCANNED_MAX: i64 = 10_000;
 
 /// Selects jobs with their reservation and usage, if they have them.
 macro_rules! select_jobs {
@@ -36,16 +40,85 @@ pub(super) fn find_by_id(connection: &Connection, job_id: i64) -> rusqlite::Resu
     connection.prepare_cached(select_jobs!("WHERE jobs.job_id = ?1"))?.query_row((job_id,), record)
 }
 
-/// Settles a job, frees its reservation and bills it.
+/// Returns the newest jobs of a request.
+pub(super) fn of_request(connection: &Connection, id: &CorrelationId) -> rusqlite::Result<Vec<JobRecord>> {
+    let sql = select_jobs!("WHERE jobs.correlation_id = ?1 ORDER BY jobs.job_id DESC LIMIT ?2");
+    connection.prepare_cached(sql)?.query_map((id.0.as_bytes(), PAGE_MAX), record)?.collect()
+}
+
+/// Returns a page of jobs, the newest first.
+pub(super) fn list(connection: &Connection, query: &JobQuery) -> rusqlite::Result<RecordPage> {
+    let newest: i64 =
+        connection.prepare_cached("SELECT coalesce(max(job_id), 0) FROM jobs")?.query_row((), |row| row.get(0))?;
+    let before = query.before.map_or(i64::MAX, integer).min(newest.saturating_add(1));
+    // Running jobs are few: they are found by their reservations, however old they are.
+    let is_running = query.status == Some(JobStatus::Running);
+    let lowest = if is_running { 0 } else { before.saturating_sub(SCANNED_MAX).max(0) };
+    let limit = query.limit.clamp(1, PAGE_MAX);
+    let sql = if is_running {
+        select_jobs!(
+            "WHERE jobs.job_id IN (SELECT job_id FROM reservations) AND jobs.job_id < :before AND jobs.job_id >= :lowest
+               AND (:state IS NULL OR state = :state) AND (:tenant_id IS NULL OR jobs.tenant_id = :tenant_id)
+               AND (:model_id IS NULL OR jobs.model_id = :model_id)
+             ORDER BY jobs.job_id DESC LIMIT :limit"
+        )
+    } else {
+        select_jobs!(
+            "WHERE jobs.job_id < :before AND jobs.job_id >= :lowest
+               AND (:state IS NULL OR state = :state) AND (:tenant_id IS NULL OR jobs.tenant_id = :tenant_id)
+               AND (:model_id IS NULL OR jobs.model_id = :model_id)
+             ORDER BY jobs.job_id DESC LIMIT :limit"
+        )
+    };
+    let jobs: Vec<JobRecord> = connection
+        .prepare_cached(sql)?
+        .query_map(
+            named_params! {
+                ":before": before,
+                ":lowest": lowest,
+                ":state": query.status.map(name_of),
+                ":tenant_id": query.tenant_id.as_ref().map(TenantId::as_str),
+                ":model_id": query.model_id.as_ref().map(ModelName::as_str),
+                ":limit": limit,
+            },
+            record,
+        )?
+        .collect::<rusqlite::Result<_>>()?;
+    let next = if jobs.len() as u32 == limit {
+        jobs.last().map(|last| last.sequence)
+    } else {
+        (lowest > 0).then_some(lowest as u64)
+    };
+    Ok(RecordPage { jobs, next })
+}
+
+/// Returns a status's name in the database.
+fn name_of(status: JobStatus) -> &'static str {
+    if status == JobStatus::Running { DurableState::Reserved.as_str() } else { status.as_str() }
+}
+
+/// Removes up to `limit` jobs that were settled before a time, the oldest first, and returns their number. Their usage
+/// and their dead letters stay.
+pub(super) fn prune(connection: &Connection, settled_before: UnixMillis, limit: u32) -> rusqlite::Result<u32> {
+    let removed = connection
+        .prepare_cached(
+            "DELETE FROM jobs WHERE job_id IN (
+                 SELECT job_id FROM jobs WHERE state <> 'reserved' AND updated_at < ?1 ORDER BY updated_at LIMIT ?2)",
+        )?
+        .execute((integer(settled_before.0), limit))?;
+    Ok(removed as u32)
+}
+
+/// Settles a job, frees its reservation, bills it, and writes its dead letter.
 pub(super) fn finalise(
     connection: &Connection,
     settlement: &Settlement,
 ) -> rusqlite::Result<Result<Finalised, FinaliseError>> {
-    let Settlement { key, attempt, worker_id, state, finish_reason, error, usage, answer, now } = settlement;
+    let Settlement { key, attempt, worker_id, state, finish_reason, error, usage, answer, now, .. } = settlement;
     let job_id: Option<i64> = connection
         .prepare_cached(
             "UPDATE jobs SET state = :state, finish_reason = :finish_reason, error_code = :error_code,
-                    error_message = :error_message, updated_at = :now
+                    error_message = :error_message, history = :history, continued = :continued, updated_at = :now
              WHERE tenant_id = :tenant_id AND correlation_id = :correlation_id AND retry_token = :retry_token
                AND attempt = :attempt AND worker_id = :worker_id AND state = 'reserved'
              RETURNING job_id",
@@ -56,6 +129,8 @@ pub(super) fn finalise(
                 ":finish_reason": finish_reason.map(FinishReason::as_str),
                 ":error_code": error.as_ref().map(|error| error.code.as_str()),
                 ":error_message": error.as_ref().map(|error| error.message.as_str()),
+                ":history": history(&settlement.history, error.is_some()),
+                ":continued": settlement.continued,
                 ":now": integer(now.0),
                 ":tenant_id": key.tenant_id.as_str(),
                 ":correlation_id": key.correlation_id.0.as_bytes(),
@@ -77,7 +152,9 @@ pub(super) fn finalise(
     if let Some(answer) = answer {
         answers::keep(connection, job_id, answer)?;
     }
-    // A dead letter for a failed or dead job would be written here, in this transaction.
+    if let Some(letter) = &settlement.dead_letter {
+        dead_letters::write(connection, job_id, letter)?;
+    }
     Ok(Ok(Finalised::Settled))
 }
 
@@ -90,6 +167,19 @@ fn refusal(connection: &Connection, key: &JobKey) -> rusqlite::Result<Result<Fin
     })
 }
 
+/// Replaces the history of a job.
+pub(super) fn write_history(connection: &Connection, job_id: i64, attempts: &[AttemptRecord]) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("UPDATE jobs SET history = ?2 WHERE job_id = ?1")?
+        .execute((job_id, row::text_of_json(&attempts)))?;
+    Ok(())
+}
+
+/// Returns the column `history`. The row itself describes a single attempt that did not fail.
+fn history(attempts: &[AttemptRecord], has_failed: bool) -> Option<String> {
+    (attempts.len() > 1 || has_failed).then(|| row::text_of_json(&attempts))
+}
+
 fn record(row: &Row<'_>) -> rusqlite::Result<JobRecord> {
     let error = match row::word(row, "error_code")? {
         Some(code) => Some(JobError { code, message: row.get("error_message")? }),
@@ -100,6 +190,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<JobRecord> {
         None => None,
     };
     Ok(JobRecord {
+        sequence: row::unsigned(row, "job_id")?,
         key: row::job_key(row)?,
         trace_id: TraceId(row.get("trace_id")?),
         model: row::model_key(row)?,
@@ -114,6 +205,8 @@ fn record(row: &Row<'_>) -> rusqlite::Result<JobRecord> {
         lease_until: row::time_or_null(row, "lease_until")?,
         created_at: row::time(row, "created_at")?,
         updated_at: row::time(row, "updated_at")?,
+        continued: row.get("continued")?,
+        history: row::json_or_null(row, "history")?.unwrap_or_default(),
     })
 }
 

@@ -1,11 +1,12 @@
 //! Reservations: a worker's slots, held for the jobs that were sent to it.
 
+use protocol::jobs::AttemptRecord;
 use protocol::model::ModelKey;
 use protocol::{ErrorCode, PublicKey, UnixMillis, WorkerId};
 use rusqlite::{Connection, OptionalExtension as _, named_params};
 
 use super::jobs;
-use super::row::integer;
+use super::row::{self, integer};
 use crate::job_store::{DurableState, JobKey, JobRecord, NewJob, ReassignError, Reassignment, ReserveError, Reserved};
 
 /// Writes a job and its reservation.
@@ -92,7 +93,7 @@ pub(super) fn reassign(
     connection: &Connection,
     reassignment: &Reassignment,
 ) -> rusqlite::Result<Result<(), ReassignError>> {
-    let Reassignment { key, from_attempt, model, worker_id, worker_capacity, now, lease_until } = reassignment;
+    let Reassignment { key, from_attempt, model, worker_id, worker_capacity, now, lease_until, history } = reassignment;
     let job: Option<(i64, u32, DurableState)> = connection
         .prepare_cached(
             "SELECT job_id, attempt, state FROM jobs
@@ -115,10 +116,18 @@ pub(super) fn reassign(
     hold(connection, job_id, worker_id, *lease_until)?;
     connection
         .prepare_cached(
-            "UPDATE jobs SET attempt = attempt + 1, worker_id = ?2, updated_at = ?3, model_id = ?4, model_version = ?5
+            "UPDATE jobs SET attempt = attempt + 1, worker_id = ?2, updated_at = ?3, model_id = ?4, model_version = ?5,
+                    history = ?6
              WHERE job_id = ?1",
         )?
-        .execute((job_id, worker_id.0, integer(now.0), model.model_id.as_str(), model.version.to_string()))?;
+        .execute((
+            job_id,
+            worker_id.0,
+            integer(now.0),
+            model.model_id.as_str(),
+            model.version.to_string(),
+            row::text_of_json(history),
+        ))?;
     Ok(Ok(()))
 }
 
@@ -182,10 +191,30 @@ pub(super) fn release_expired(
             let code = ErrorCode::WorkerFailed.as_str();
             fail.execute((job_id, code, "nobody renewed the job's reservation in time", integer(now.0)))?;
             free(connection, job_id)?;
-            // A dead letter for this job would be written here, in this transaction.
-            jobs::find_by_id(connection, job_id)
+            // No dead letter: that its orchestrator went away says nothing of the job, and only the orchestrator had
+            // its request.
+            let mut job = jobs::find_by_id(connection, job_id)?;
+            if let Some(last) = job.history.last() {
+                job.history.push(expired_attempt(last, &job, now));
+                jobs::write_history(connection, job_id, &job.history)?;
+            }
+            Ok(job)
         })
         .collect()
+}
+
+/// Returns the attempt during which a lease expired.
+fn expired_attempt(previous: &AttemptRecord, job: &JobRecord, now: UnixMillis) -> AttemptRecord {
+    AttemptRecord {
+        attempt: previous.attempt + 1,
+        worker_id: job.worker_id,
+        model: job.model.clone(),
+        outcome: ErrorCode::WorkerFailed.as_str().to_owned(),
+        began_at: previous.ended_at,
+        ended_at: now,
+        progressed: false,
+        counted: false,
+    }
 }
 
 /// Returns each worker that has reserved slots, with their number.

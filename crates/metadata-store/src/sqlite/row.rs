@@ -47,6 +47,11 @@ pub(super) fn word<T: for<'de> Deserialize<'de>>(row: &Row<'_>, column: &str) ->
     read.map(Some).map_err(|error| malformed(column, error))
 }
 
+/// Reads an enum variant that must be there.
+pub(super) fn known_word<T: for<'de> Deserialize<'de>>(row: &Row<'_>, column: &str) -> rusqlite::Result<T> {
+    word(row, column)?.ok_or_else(|| malformed(column, "it is missing"))
+}
+
 /// Reads a JSON document.
 pub(super) fn json<T: DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<T> {
     serde_json::from_str(row.get_ref(column)?.as_str()?).map_err(|error| malformed(column, error))

@@ -3,6 +3,7 @@
 
 pub(crate) mod catalogue;
 pub(crate) mod concurrency;
+pub(crate) mod dead_letters;
 pub(crate) mod jobs;
 pub(crate) mod membership;
 pub(crate) mod samples;
@@ -48,6 +49,15 @@ macro_rules! job_store_conforms {
             jobs: usage_is_each_tenants_own,
             jobs: a_mark_is_raised_and_never_lowered,
             jobs: a_closed_store_says_so,
+            jobs: the_attempts_of_a_job_are_kept_with_it,
+            jobs: jobs_are_listed_in_pages_by_status_tenant_and_model,
+            jobs: old_jobs_are_removed_and_running_ones_and_usage_stay,
+            dead_letters: a_dead_letter_is_written_with_its_settlement,
+            dead_letters: a_settlement_that_changes_nothing_writes_no_letter,
+            dead_letters: the_oldest_letters_make_room,
+            dead_letters: letters_are_listed_in_pages_by_tenant_and_model,
+            dead_letters: letters_are_deleted_by_request_number_and_age,
+            dead_letters: an_expired_lease_leaves_no_letter,
             concurrency: of_64_reservations_of_one_slot_exactly_one_is_made,
             concurrency: of_64_resends_of_one_job_exactly_one_is_new,
             concurrency: of_64_settlements_of_one_job_exactly_one_bills,

@@ -100,7 +100,7 @@ impl Orchestrator {
             && known.request_fingerprint == *fingerprint
             && let Some(sealed) = self.reservations.answer(key).await?
         {
-            match self.sealing_key.open(key, &sealed).ok().and_then(answers::decode) {
+            match self.sealing_key.open(&owner(key), &sealed).ok().and_then(answers::decode) {
                 Some(answer) => return Ok(Some(answer)),
                 None => warn!(correlation_id = %key.correlation_id, "a kept answer cannot be opened"),
             }
@@ -111,10 +111,15 @@ impl Orchestrator {
     /// Seals the answer of a job that is about to be settled, if it is to be kept.
     pub(super) fn sealed(&self, key: &JobKey, delivery: &Delivery, last: &Bytes) -> Option<SealedAnswer> {
         let (created_at, chunks) = delivery.stored(last)?;
-        let sealed = self.sealing_key.seal(key, &answers::encode(created_at, &chunks))?;
+        let sealed = self.sealing_key.seal(&owner(key), &answers::encode(created_at, &chunks))?;
         let kept = Duration::from_hours(self.config.answers_kept_hours);
         Some(SealedAnswer { sealed: sealed.into(), expires_at: self.reservations.now().after(kept) })
     }
+}
+
+/// Returns what binds a sealed answer to its job.
+fn owner(key: &JobKey) -> Vec<u8> {
+    codec::encode(&("answer", &key.tenant_id, key.correlation_id, &key.retry_token))
 }
 
 /// Sends a shared answer to a caller. By `deadline` it must have begun.

@@ -1,6 +1,7 @@
 //! Scores how well a worker suits a job. The score is the weighted sum of five terms, each between 0 and 1; higher is
 //! better.
 
+use protocol::control::ScoreWeights;
 use schemars::JsonSchema;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,13 @@ impl Default for Weights {
             speed: 0.5,
             gpu_class: IgnoredAny,
         }
+    }
+}
+
+impl From<&Weights> for ScoreWeights {
+    fn from(weights: &Weights) -> Self {
+        let Weights { model_match, region_proximity, queue_depth, warm_cache, speed, gpu_class: _ } = *weights;
+        Self { model_match, region_proximity, queue_depth, warm_cache, speed }
     }
 }
 

@@ -6,10 +6,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use async_trait::async_trait;
 use metadata_store::{
     DurableState, FinaliseError, Finalised, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment,
-    ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, TerminalState, UsageCursor, UsageRecord,
+    RecordPage, ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, TerminalState, UsageCursor,
+    UsageRecord,
 };
+use protocol::jobs::{DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JobQuery};
 use protocol::presence::HighWater;
-use protocol::{TenantId, UnixMillis, WorkerId};
+use protocol::{CorrelationId, TenantId, UnixMillis, WorkerId};
 use tether_orchestrator::Config;
 use tokio::sync::Barrier;
 use tokio::task::JoinSet;
@@ -52,6 +54,13 @@ impl JobStore for BusyStore {
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> { self.store.job(key).await }
     async fn answer(&self, key: &JobKey, now: UnixMillis) -> Result<Option<Vec<u8>>, StoreError> { self.store.answer(key, now).await }
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> { self.store.prune_answers(now, bytes_max, limit).await }
+    async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobRecord>, StoreError> { self.store.jobs_of(id).await }
+    async fn list_jobs(&self, query: JobQuery) -> Result<RecordPage, StoreError> { self.store.list_jobs(query).await }
+    async fn prune(&self, before: UnixMillis, limit: u32) -> Result<u32, StoreError> { self.store.prune(before, limit).await }
+    async fn list_dead_letters(&self, query: DeadLetterQuery) -> Result<DeadLetterPage, StoreError> { self.store.list_dead_letters(query).await }
+    async fn dead_letter(&self, id: CorrelationId) -> Result<Option<(DeadLetter, Option<Vec<u8>>)>, StoreError> { self.store.dead_letter(id).await }
+    async fn purge_dead_letters(&self, purge: DeadLetterPurge) -> Result<u64, StoreError> { self.store.purge_dead_letters(purge).await }
+    async fn count_dead_letters(&self) -> Result<u64, StoreError> { self.store.count_dead_letters().await }
     async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError> { self.store.active_reservations().await }
     async fn usage(&self, tenant: &TenantId, after: UsageCursor, limit: u32) -> Result<Vec<UsageRecord>, StoreError> { self.store.usage(tenant, after, limit).await }
     async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError> { self.store.high_waters().await }

@@ -10,8 +10,8 @@ use observability::metrics::register_shed;
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use protocol::control::{
-    Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeInfo, NodeRole, POLICY_GET, POOL_STATE,
-    PRESENCE_REPORT, PolicyRequest, PoolState, PoolStateRequest,
+    ByOperator, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, JOB_EXPLAIN, NodeInfo, NodeRole, OPERATOR_CHECK,
+    OperatorRequest, POLICY_GET, POOL_STATE, PRESENCE_REPORT, PolicyRequest, PoolState, PoolStateRequest,
 };
 use protocol::error_code::ContextLength;
 use protocol::health::{self, CachedModel, Capacity, EXPIRY, HealthReport, ModelState};
@@ -31,6 +31,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::evil_worker::Lie;
+
+/// The token of an operator.
+pub(crate) const OPERATOR: &str = "operator";
 
 /// What a worker does with a job.
 #[derive(Clone)]
@@ -177,6 +180,13 @@ pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand 
             let policy = rules.lock().clone();
             async move { Ok(policy) }
         })
+        .unary(OPERATOR_CHECK, |_, request: OperatorRequest| async move {
+            match request.token.as_str() {
+                OPERATOR => Ok(Empty {}),
+                "caller" => Err(WireError::new(ErrorCode::InsufficientScope, "no operator")),
+                _ => Err(WireError::new(ErrorCode::InvalidApiKey, "no such key")),
+            }
+        })
         .unary(POOL_STATE, move |_, request: PoolStateRequest| {
             let list = current.lock().clone();
             let version = RevocationList::verify(&list, root().public_key()).expect("a good list").version;
@@ -299,8 +309,22 @@ impl Stand {
         self.ask(JOB_EXPLAIN, &ExplainRequest { correlation_id: job.correlation_id }).await
     }
 
-    async fn ask<Reply: serde::de::DeserializeOwned>(&self, method: &str, request: &impl serde::Serialize) -> Reply {
+    pub(crate) async fn ask<Reply: serde::de::DeserializeOwned>(
+        &self,
+        method: &str,
+        request: &impl serde::Serialize,
+    ) -> Reply {
         self.gateway.call(self.orchestrator, method, request, Duration::from_secs(5)).await.expect("answered")
+    }
+
+    /// Asks as an operator.
+    pub(crate) async fn operate<Reply: serde::de::DeserializeOwned>(
+        &self,
+        method: &str,
+        request: impl serde::Serialize,
+    ) -> Result<Reply, CallError> {
+        let request = ByOperator { token: OPERATOR.to_owned(), request };
+        self.gateway.call(self.orchestrator, method, &request, Duration::from_secs(5)).await
     }
 
     /// Waits until the store says what is hoped for.

@@ -79,6 +79,7 @@ fn calls() -> BTreeMap<&'static str, (Who, Value)> {
         (OPERATOR_TOKEN_CREATE, by_operator(token)),
         (OPERATOR_TOKEN_LIST, (Who::Operator, json!({}))),
         (OPERATOR_TOKEN_REVOKE, by_operator(json!({ "keyId": "abcdefgh" }))),
+        (OPERATOR_CHECK, (Who::Operator, json!({}))),
         (OPERATOR_CATALOG_LIST, (Who::Operator, json!({}))),
         (MODEL_ADD, by_operator(add)),
         (MODEL_REMOVE, by_operator(model.clone())),

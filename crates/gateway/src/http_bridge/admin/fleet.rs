@@ -2,9 +2,8 @@
 
 use axum::Json;
 use protocol::control::{Decision, Fleet};
-use protocol::{CorrelationId, ErrorCode, WireError};
 
-use super::Operator;
+use super::{Operator, request_id};
 use crate::http_bridge::errors::ApiError;
 use crate::http_bridge::extract::Segment;
 use crate::published;
@@ -21,18 +20,17 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<Fleet>, ApiError> {
     Ok(Json(operator.gateway.fleet_now().await?))
 }
 
-/// Returns how a job was placed: each attempt with its candidates.
+/// Returns how a job was placed: each attempt with its candidates and its end.
+///
+/// The candidates of old jobs are forgotten first.
 #[utoipa::path(
     get, path = "/admin/v1/jobs/{correlationId}/decision", tag = "admin", operation_id = "explainJob", security(("bearer" = [])),
-    params(("correlationId" = String, Path, description = "Id of the job, as in the header `x-tether-decision`")),
+    params(("correlationId" = String, Path, description = "Id of the request, as in the header `x-request-id`")),
     responses(
         (status = 200, description = "How the job was placed", body = published::Decision),
         ApiError,
     ),
 )]
 pub(crate) async fn decision(Segment(correlation_id): Segment, operator: Operator) -> Result<Json<Decision>, ApiError> {
-    let correlation_id: CorrelationId = correlation_id.parse().map_err(|malformed: protocol::MalformedId| {
-        WireError::new(ErrorCode::InvalidValue, malformed.to_string()).with_param("correlationId")
-    })?;
-    Ok(Json(operator.gateway.explain(correlation_id).await?))
+    Ok(Json(operator.gateway.explain(request_id(&correlation_id)?).await?))
 }

@@ -1,6 +1,7 @@
 //! Jobs, reservations, usage and presence marks.
 
 use protocol::infer::FinishReason;
+use protocol::jobs::{JobQuery, JobStatus};
 use protocol::presence::HighWater;
 use protocol::{ErrorCode, UnixMillis};
 use tether_metadata_store::{
@@ -9,13 +10,14 @@ use tether_metadata_store::{
 };
 
 use super::Jobs;
-use super::samples::{LEASE, NOW, USAGE, job, key, model_key, reassignment, settlement, tenant, worker};
+use super::samples::{LEASE, NOW, USAGE, attempt, job, key, model_key, reassignment, settlement, tenant, worker};
 
 pub(crate) async fn a_reserved_job_is_found_as_it_was_written(subject: Jobs) {
     let store = subject.store;
     assert_eq!(store.reserve(job(1)).await, Ok(Reserved::New));
     let NewJob { trace_id, model, region, worker_id, request_fingerprint, .. } = job(1);
     let expected = JobRecord {
+        sequence: 1,
         key: key(1),
         trace_id,
         model,
@@ -30,6 +32,8 @@ pub(crate) async fn a_reserved_job_is_found_as_it_was_written(subject: Jobs) {
         lease_until: Some(LEASE),
         created_at: NOW,
         updated_at: NOW,
+        continued: 0,
+        history: vec![],
     };
     assert_eq!(store.job(&key(1)).await, Ok(Some(expected)));
     assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 1)]));
@@ -382,4 +386,93 @@ pub(crate) async fn a_closed_store_says_so(subject: Jobs) {
     assert_eq!(store.reserve(job(2)).await, Err(ReserveError::Store(StoreError::Closed)));
     assert_eq!(store.job(&key(1)).await, Err(StoreError::Closed));
     store.close().await.expect("closing again does nothing");
+}
+
+pub(crate) async fn the_attempts_of_a_job_are_kept_with_it(subject: Jobs) {
+    let store = subject.store;
+    for number in 1..=3 {
+        store.reserve(job(number)).await.expect("reserves");
+    }
+    let first = attempt(1, 1, "worker_failed");
+    for number in [1, 2] {
+        store.reassign(Reassignment { history: vec![first.clone()], ..reassignment(number) }).await.expect("moves");
+    }
+    let running = store.jobs_of(key(1).correlation_id).await.expect("reads");
+    assert_eq!(running[0].history, std::slice::from_ref(&first));
+
+    let history = vec![first.clone(), attempt(2, 2, "completed")];
+    let settle = Settlement { attempt: 2, worker_id: worker(2), history, continued: 1, ..settlement(1) };
+    store.finalise(settle.clone()).await.expect("settles");
+    let settled = store.job(&key(1)).await.expect("reads").expect("is known");
+    assert_eq!((settled.history, settled.continued), (settle.history, 1));
+
+    // Of the attempt during which the lease expired, the store knows only worker and model.
+    store.release_expired(LEASE, 10).await.expect("releases");
+    let expired = store.job(&key(2)).await.expect("reads").expect("is known");
+    let last = expired.history.last().expect("attempts");
+    assert_eq!((expired.history.len(), last.attempt, last.worker_id), (2, 2, worker(2)));
+    assert_eq!((last.outcome.as_str(), last.ended_at, last.counted), ("worker_failed", LEASE, false));
+    assert_eq!(store.job(&key(3)).await.expect("reads").expect("is known").history, []);
+}
+
+pub(crate) async fn jobs_are_listed_in_pages_by_status_tenant_and_model(subject: Jobs) {
+    let store = subject.store;
+    let other = JobKey { tenant_id: tenant("other"), ..key(7) };
+    for number in 1..=6 {
+        store.reserve(NewJob { worker_capacity: 9, ..job(number) }).await.expect("reserves");
+    }
+    let model = model_key("other", "1.0");
+    store.reserve(NewJob { worker_capacity: 9, key: other, model, ..job(7) }).await.expect("reserves");
+    for number in [2, 4, 6] {
+        let state = if number == 6 { TerminalState::Failed } else { TerminalState::Completed };
+        store.finalise(Settlement { state, ..settlement(number) }).await.expect("settles");
+    }
+    let list = async |query: JobQuery| {
+        let (mut numbers, mut before) = (vec![], None);
+        loop {
+            let page = store.list_jobs(JobQuery { before, ..query.clone() }).await.expect("reads");
+            assert!(page.jobs.len() <= query.limit as usize);
+            numbers.extend(page.jobs.iter().map(|job| job.key.correlation_id.0.as_u128()));
+            match page.next {
+                Some(next) => before = Some(next),
+                None => return numbers,
+            }
+        }
+    };
+    let query = JobQuery { limit: 2, ..JobQuery::default() };
+    assert_eq!(list(query.clone()).await, [7, 6, 5, 4, 3, 2, 1]);
+    let status = |status| JobQuery { status: Some(status), ..query.clone() };
+    assert_eq!(list(status(JobStatus::Running)).await, [7, 5, 3, 1]);
+    assert_eq!(list(status(JobStatus::Completed)).await, [4, 2]);
+    assert_eq!(list(status(JobStatus::Dead)).await, []);
+    assert_eq!(list(JobQuery { tenant_id: Some(tenant("other")), ..query.clone() }).await, [7]);
+    assert_eq!(list(JobQuery { model_id: Some(job(1).model.model_id), ..status(JobStatus::Failed) }).await, [6]);
+    let of_request = store.jobs_of(key(7).correlation_id).await.expect("reads");
+    assert_eq!(of_request.iter().map(|job| job.key.tenant_id.as_str()).collect::<Vec<_>>(), ["other"]);
+}
+
+pub(crate) async fn old_jobs_are_removed_and_running_ones_and_usage_stay(subject: Jobs) {
+    let store = subject.store;
+    for number in 1..=4 {
+        store.reserve(job(number)).await.expect("reserves");
+    }
+    for number in 1..=3 {
+        let now = UnixMillis(NOW.0 + number as u64);
+        store.finalise(Settlement { now, ..settlement(number) }).await.expect("settles");
+    }
+    assert_eq!(store.prune(UnixMillis(NOW.0 + 3), 1).await, Ok(1), "no more than asked for");
+    assert_eq!(store.job(&key(1)).await, Ok(None), "the oldest first");
+    assert_eq!(store.prune(UnixMillis(NOW.0 + 3), 10).await, Ok(1));
+    assert_eq!(store.prune(UnixMillis(NOW.0 + 3), 10).await, Ok(0));
+    assert_eq!(store.job(&key(2)).await, Ok(None));
+    for number in [3, 4] {
+        assert!(store.job(&key(number)).await.expect("reads").is_some(), "job {number}");
+    }
+    let usage = store.usage(&tenant("acme"), UsageCursor::default(), 10).await.expect("reads");
+    assert_eq!(usage.iter().map(|record| record.key.clone()).collect::<Vec<_>>(), [key(1), key(2), key(3)]);
+
+    // The key of a removed job is free again, and its next job has a bill of its own.
+    assert_eq!(store.reserve(job(1)).await, Ok(Reserved::New));
+    store.finalise(settlement(1)).await.expect("settles");
+    assert_eq!(store.usage(&tenant("acme"), UsageCursor::default(), 10).await.expect("reads").len(), 4);
 }

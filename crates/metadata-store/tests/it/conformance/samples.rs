@@ -1,6 +1,7 @@
 //! Plain values for tests; each test changes what it is about.
 
 use protocol::control::Scope;
+use protocol::jobs::AttemptRecord;
 use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, Digest, PublicKey, TenantId, TraceId, UnixMillis, WorkerId};
@@ -56,6 +57,9 @@ pub(crate) fn settlement(number: u128) -> Settlement {
         answer: None,
         usage: Some(USAGE),
         now: NOW,
+        history: vec![],
+        continued: 0,
+        dead_letter: None,
     }
 }
 
@@ -69,6 +73,21 @@ pub(crate) fn reassignment(number: u128) -> Reassignment {
         worker_capacity: 4,
         now: NOW,
         lease_until: LEASE,
+        history: vec![],
+    }
+}
+
+/// An attempt on a worker that ended so.
+pub(crate) fn attempt(number: u32, worker_number: u8, outcome: &str) -> AttemptRecord {
+    AttemptRecord {
+        attempt: number,
+        worker_id: worker(worker_number),
+        model: model_key("llama3.1-8b", "1.0"),
+        outcome: outcome.to_owned(),
+        began_at: NOW,
+        ended_at: UnixMillis(NOW.0 + 5),
+        progressed: false,
+        counted: true,
     }
 }
 
