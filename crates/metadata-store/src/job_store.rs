@@ -202,7 +202,7 @@ impl fmt::Debug for SealedAnswer {
 }
 
 /// Outcome of a settlement.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Finalised {
     /// This call settled the job.
     Settled,

@@ -2,6 +2,7 @@
 //!
 //! [`SqliteStore`] implements both in a SQLite file. When a call returns `Ok`, its changes are on disk.
 
+pub mod fencing;
 mod job_store;
 mod registry_store;
 mod sqlite;

@@ -5,7 +5,7 @@
 //! written to the store (ADR-0008); the attempt number is the fencing token against writes of abandoned attempts.
 
 /// State of a job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum JobState {
     /// It is accepted and has no reservation.
     Received,
@@ -81,6 +81,21 @@ impl JobState {
     /// Returns whether the job has ended.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled | Self::Dead)
+    }
+}
+
+/// Position of a chunk: the attempt that sends it, and its number in the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    pub attempt: u32,
+    pub seq: u64,
+}
+
+impl Position {
+    /// Returns whether a chunk is the one that `expected` names. Any other belongs to an abandoned attempt, repeats
+    /// what the caller has, or leaves a gap.
+    pub fn is_next(self, expected: Self) -> bool {
+        self == expected
     }
 }
 

@@ -8,6 +8,7 @@ use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::row::{self, integer};
 use super::{answers, dead_letters, reservations, usage};
+use crate::fencing::{self, Standing};
 use crate::job_store::{
     DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, RecordPage, Settlement, TerminalState,
 };
@@ -109,41 +110,46 @@ pub(super) fn prune(connection: &Connection, settled_before: UnixMillis, limit: 
     Ok(removed as u32)
 }
 
+/// Returns a job's row id, and what decides on writes of it.
+pub(super) fn standing(connection: &Connection, key: &JobKey) -> rusqlite::Result<Option<(i64, Standing)>> {
+    let sql = "SELECT job_id, attempt, worker_id, state FROM jobs
+               WHERE tenant_id = ?1 AND correlation_id = ?2 AND retry_token = ?3";
+    connection
+        .prepare_cached(sql)?
+        .query_row((key.tenant_id.as_str(), key.correlation_id.0.as_bytes(), key.retry_token.as_str()), |row| {
+            let worker_id = PublicKey(row.get("worker_id")?);
+            Ok((row.get("job_id")?, Standing { attempt: row.get("attempt")?, worker_id, state: state(row)? }))
+        })
+        .optional()
+}
+
 /// Settles a job, frees its reservation, bills it, and writes its dead letter.
 pub(super) fn finalise(
     connection: &Connection,
     settlement: &Settlement,
 ) -> rusqlite::Result<Result<Finalised, FinaliseError>> {
     let Settlement { key, attempt, worker_id, state, finish_reason, error, usage, answer, now, .. } = settlement;
-    let job_id: Option<i64> = connection
+    let Some((job_id, job)) = standing(connection, key)? else { return Ok(Err(FinaliseError::NotFound)) };
+    let outcome = fencing::settle(&job, *attempt, *worker_id);
+    if outcome != Finalised::Settled {
+        return Ok(Ok(outcome));
+    }
+    connection
         .prepare_cached(
             "UPDATE jobs SET state = :state, finish_reason = :finish_reason, error_code = :error_code,
                     error_message = :error_message, history = :history, continued = :continued, updated_at = :now
-             WHERE tenant_id = :tenant_id AND correlation_id = :correlation_id AND retry_token = :retry_token
-               AND attempt = :attempt AND worker_id = :worker_id AND state = 'reserved'
-             RETURNING job_id",
+             WHERE job_id = :job_id",
         )?
-        .query_row(
-            named_params! {
-                ":state": state.as_str(),
-                ":finish_reason": finish_reason.map(FinishReason::as_str),
-                ":error_code": error.as_ref().map(|error| error.code.as_str()),
-                ":error_message": error.as_ref().map(|error| error.message.as_str()),
-                ":history": history(&settlement.history, error.is_some()),
-                ":continued": settlement.continued,
-                ":now": integer(now.0),
-                ":tenant_id": key.tenant_id.as_str(),
-                ":correlation_id": key.correlation_id.0.as_bytes(),
-                ":retry_token": key.retry_token.as_str(),
-                ":attempt": attempt,
-                ":worker_id": worker_id.0,
-            },
-            |row| row.get(0),
-        )
-        .optional()?;
-    let Some(job_id) = job_id else {
-        return refusal(connection, key);
-    };
+        .execute(named_params! {
+            ":state": state.as_str(),
+            ":finish_reason": finish_reason.map(FinishReason::as_str),
+            ":error_code": error.as_ref().map(|error| error.code.as_str()),
+            ":error_message": error.as_ref().map(|error| error.message.as_str()),
+            ":history": history(&settlement.history, error.is_some()),
+            ":continued": settlement.continued,
+            ":now": integer(now.0),
+            ":job_id": job_id,
+        })?;
     reservations::free(connection, job_id)?;
     // A job of which the caller acknowledged nothing gets no line in the ledger.
     if let Some(usage) = usage.filter(|usage| state.is_billed() && *usage != TokenUsage::default()) {
@@ -155,16 +161,7 @@ pub(super) fn finalise(
     if let Some(letter) = &settlement.dead_letter {
         dead_letters::write(connection, job_id, letter)?;
     }
-    Ok(Ok(Finalised::Settled))
-}
-
-/// Returns why a settlement changed nothing.
-fn refusal(connection: &Connection, key: &JobKey) -> rusqlite::Result<Result<Finalised, FinaliseError>> {
-    Ok(match find(connection, key)? {
-        None => Err(FinaliseError::NotFound),
-        Some(JobRecord { state: DurableState::Settled(state), .. }) => Ok(Finalised::AlreadySettled { state }),
-        Some(JobRecord { state: DurableState::Reserved, attempt, .. }) => Ok(Finalised::Stale { attempt }),
-    })
+    Ok(Ok(outcome))
 }
 
 /// Replaces the history of a job.
@@ -211,7 +208,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<JobRecord> {
 }
 
 /// Reads a job's state.
-pub(super) fn state(row: &Row<'_>) -> rusqlite::Result<DurableState> {
+fn state(row: &Row<'_>) -> rusqlite::Result<DurableState> {
     Ok(match row.get_ref("state")?.as_str()? {
         "reserved" => DurableState::Reserved,
         "completed" => DurableState::Settled(TerminalState::Completed),

@@ -3,18 +3,19 @@
 use protocol::jobs::AttemptRecord;
 use protocol::model::ModelKey;
 use protocol::{ErrorCode, PublicKey, UnixMillis, WorkerId};
-use rusqlite::{Connection, OptionalExtension as _, named_params};
+use rusqlite::{Connection, named_params};
 
 use super::jobs;
 use super::row::{self, integer};
-use crate::job_store::{DurableState, JobKey, JobRecord, NewJob, ReassignError, Reassignment, ReserveError, Reserved};
+use crate::fencing;
+use crate::job_store::{JobKey, JobRecord, NewJob, ReassignError, Reassignment, ReserveError, Reserved};
 
 /// Writes a job and its reservation.
 ///
 /// Conditions are checked before writing, so that a refusal has nothing to undo.
 pub(super) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result<Result<Reserved, ReserveError>> {
     let NewJob { key, worker_id, worker_capacity, .. } = job;
-    if held(connection, worker_id, None)? >= i64::from(*worker_capacity) {
+    if !has_room(connection, worker_id, *worker_capacity, None)? {
         // A resend finds its job even while the worker is full.
         return Ok(match jobs::find(connection, key)? {
             Some(known) if !known.may_run_again(&job.request_fingerprint) => Ok(Reserved::Duplicate(Box::new(known))),
@@ -94,22 +95,11 @@ pub(super) fn reassign(
     reassignment: &Reassignment,
 ) -> rusqlite::Result<Result<(), ReassignError>> {
     let Reassignment { key, from_attempt, model, worker_id, worker_capacity, now, lease_until, history } = reassignment;
-    let job: Option<(i64, u32, DurableState)> = connection
-        .prepare_cached(
-            "SELECT job_id, attempt, state FROM jobs
-             WHERE tenant_id = ?1 AND correlation_id = ?2 AND retry_token = ?3",
-        )?
-        .query_row((key.tenant_id.as_str(), key.correlation_id.0.as_bytes(), key.retry_token.as_str()), |row| {
-            Ok((row.get(0)?, row.get(1)?, jobs::state(row)?))
-        })
-        .optional()?;
-    let Some((job_id, attempt, state)) = job else {
-        return Ok(Err(ReassignError::NotFound));
-    };
-    if attempt != *from_attempt || state != DurableState::Reserved {
-        return Ok(Err(ReassignError::Stale { state, attempt }));
+    let Some((job_id, job)) = jobs::standing(connection, key)? else { return Ok(Err(ReassignError::NotFound)) };
+    if let Err(stale) = fencing::check_move(&job, *from_attempt) {
+        return Ok(Err(stale));
     }
-    if held(connection, worker_id, Some(job_id))? >= i64::from(*worker_capacity) {
+    if !has_room(connection, worker_id, *worker_capacity, Some(job_id))? {
         return Ok(Err(ReassignError::NoCapacity { worker_id: *worker_id }));
     }
     free(connection, job_id)?;
@@ -131,11 +121,18 @@ pub(super) fn reassign(
     Ok(Ok(()))
 }
 
-/// Counts a worker's reserved slots, except that of one job. The count reads one index entry per job of the worker.
-fn held(connection: &Connection, worker_id: &WorkerId, but_for: Option<i64>) -> rusqlite::Result<i64> {
-    connection
+/// Returns whether a worker may get another reservation, apart from that of one job. The count reads one index entry
+/// per job of the worker.
+fn has_room(
+    connection: &Connection,
+    worker_id: &WorkerId,
+    capacity: u32,
+    but_for: Option<i64>,
+) -> rusqlite::Result<bool> {
+    let held = connection
         .prepare_cached("SELECT count(*) FROM reservations WHERE worker_id = ?1 AND job_id IS NOT ?2")?
-        .query_row((worker_id.0, but_for), |row| row.get(0))
+        .query_row((worker_id.0, but_for), |row| row.get(0))?;
+    Ok(fencing::has_room(held, capacity))
 }
 
 fn hold(connection: &Connection, job_id: i64, worker_id: &WorkerId, lease_until: UnixMillis) -> rusqlite::Result<()> {
