@@ -16,7 +16,7 @@ use tokio::time::{self, Instant};
 use crate::advance::Advance;
 use crate::answers::Writer;
 use crate::bounds::{Bounds, Content, Meter};
-use crate::job::JobEvent;
+use crate::job::{JobEvent, Position};
 use crate::journal::Entry;
 use crate::journey::Journey;
 use crate::receipts::Receipts;
@@ -127,7 +127,15 @@ impl Delivery {
             return time::timeout(self.stall, writer.wait_until_read()).await.map_err(|_| Interrupted);
         }
         let (Some(_), State::Streaming(reply)) = (&self.receipts, &mut self.state) else { return Ok(()) };
-        time::timeout(self.stall, reply.wait_until_acknowledged()).await.unwrap_or(Err(Interrupted))
+        loop {
+            let read = reply.acknowledged();
+            match time::timeout(self.stall, reply.wait_until_acknowledged()).await {
+                Ok(outcome) => return outcome,
+                // Whoever reads slowly is not gone.
+                Err(_) if reply.acknowledged() > read => {}
+                Err(_) => return Err(Interrupted),
+            }
+        }
     }
 
     /// Returns what is billed of `sent` if no more follows: what the caller has read.
@@ -165,10 +173,20 @@ impl Delivery {
         self.has_begun
     }
 
+    /// Ends a call that got the last chunk.
+    pub(crate) async fn complete(mut self) {
+        self.is_complete = true;
+        self.finish().await;
+    }
+
     pub async fn finish(self) {
         match self.state {
-            State::Streaming(reply) => {
+            State::Streaming(reply) if self.is_complete => {
                 let _ = time::timeout(self.stall, reply.finish()).await;
+            }
+            // A caller that counts as gone may be back, and must not take this for the end.
+            State::Streaming(reply) => {
+                let _ = time::timeout(self.stall, reply.fail(abandoned())).await;
             }
             // A caller may have come when the job was given up.
             State::Shared { writer, .. } => writer.end(if self.is_complete { Ok(()) } else { Err(abandoned()) }),
@@ -474,8 +492,9 @@ async fn relay(
             return breach("a chunk is malformed");
         };
         let request = &journey.request;
-        let is_next = head.seq == journey.journal.seq();
-        if head.correlation_id != request.correlation_id || head.attempt != request.attempt || !is_next {
+        let expected = Position { attempt: request.attempt, seq: journey.journal.seq() };
+        let is_next = Position { attempt: head.attempt, seq: head.seq }.is_next(expected);
+        if head.correlation_id != request.correlation_id || !is_next {
             return breach("a chunk is out of place");
         }
         if head.model.as_ref().is_some_and(|model| model != journey.model()) {

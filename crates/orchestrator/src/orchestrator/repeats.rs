@@ -153,7 +153,7 @@ async fn follow(mut reader: Reader, request: &Repeatable, deadline: Option<Insta
             Next::Progress(_) => Ok(()),
             Next::Receipt => caller.wait_until_read().await.map(|()| reader.receipt()),
             Next::TooLate => return caller.fail(refusals::is_running()).await,
-            Next::End(Ok(())) => return caller.finish().await,
+            Next::End(Ok(())) => return caller.complete().await,
             Next::End(Err(error)) => return caller.fail(error).await,
         };
         if sent.is_err() {

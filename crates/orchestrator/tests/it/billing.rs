@@ -1,11 +1,13 @@
 //! A caller pays for what it acknowledged.
 
+use std::time::Duration;
+
 use futures_util::FutureExt as _;
 use metadata_store::{DurableState, JobRecord, TerminalState};
 use protocol::ErrorCode;
 use protocol::infer::InferRequest;
 use protocol::usage::TokenUsage;
-use rpc::ResponseStream;
+use rpc::{CallError, ResponseStream};
 use tether_orchestrator::Config;
 
 use crate::stand::{Manner, Stand, key, stand};
@@ -50,6 +52,31 @@ async fn a_caller_that_freezes_pays_nothing_that_it_did_not_acknowledge() {
     assert_eq!((record.state, record.usage), (CANCELLED, None));
     assert!(stand.usage().await.is_empty(), "no line of a bill for nothing");
     assert_eq!(stand.store.active_reservations().await.expect("readable"), []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_reads_slowly_is_not_gone() {
+    let stand = stand(Config { caller_stall_secs: 3, ..Config::default() }).await;
+    stand.worker(1, Manner::Answer(10)).await;
+    let (job, mut answer) = acknowledged(&stand).await;
+    for _ in 0..11 {
+        tokio::time::sleep(Duration::from_millis(1_100)).await;
+        read(&mut answer, 1).await;
+    }
+    let record = stand.record(&job).await.expect("kept");
+    assert_eq!((record.state, tokens(&record)), (DurableState::Settled(TerminalState::Completed), 10));
+}
+
+#[tokio::test]
+async fn a_caller_that_was_given_up_is_told_so() {
+    let stand = stand(Config { caller_stall_secs: 1, ..Config::default() }).await;
+    stand.worker(1, Manner::Answer(75)).await;
+    let (job, mut answer) = acknowledged(&stand).await;
+    read(&mut answer, 15).await;
+    stand.settled(&job).await;
+    read(&mut answer, 60).await;
+    let end = answer.next().await.expect("an end").expect_err("not the answer's");
+    assert!(matches!(&end, CallError::Remote(error) if error.code == ErrorCode::Unavailable), "{end:?}");
 }
 
 #[tokio::test]
