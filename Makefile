@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test interop rolling templates bench bench-engine lint audit fuzz clean
+.PHONY: help build dist demo up test simulate linearizability interop rolling templates bench bench-engine lint audit fuzz clean
 
 # dev shares one build between tests and programs; release is for users.
 PROFILE ?= release
@@ -47,6 +47,14 @@ test: ## Runs every test, and replays the inputs that fuzzers found
 	@scripts/setup test
 	scripts/with-progress cargo nextest run --workspace
 	cargo test --workspace --doc --quiet
+
+simulate: ## Simulates whole networks with faults, one for each seed (SEEDS=1000, FIRST=0), or repeats one (SEED=7)
+	scripts/with-progress cargo build --package tether-simulation
+	$(abspath $(TARGET_DIR))/debug/simulate $(if $(SEED),--seed $(SEED),$(or $(SEEDS),1000) $(or $(FIRST),0))
+
+linearizability: ## Checks the outcomes of calls of many threads to the store (OPERATIONS=1000000)
+	OPERATIONS=$(or $(OPERATIONS),1000000) scripts/with-progress cargo test --package tether-simulation --test it \
+	  -- --ignored any_number_of_calls_at_once_have_an_order
 
 interop: build ## Tests against OpenAI's SDKs, Node's Hyperswarm, llama-server and our client for Node
 	@scripts/setup interop
