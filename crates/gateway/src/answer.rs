@@ -10,7 +10,7 @@ use bytes::Bytes;
 use protocol::infer::{Embedding, FinishReason, Input, Origin, TokenLogprob, ToolCallDelta};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::usage::TokenUsage;
-use protocol::{CorrelationId, ErrorCode, WireError, codec};
+use protocol::{CorrelationId, ErrorCode, UnixMillis, WireError, codec};
 use rpc::{CallError, ResponseStream};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -29,6 +29,27 @@ pub(crate) use whole::Whole;
 
 /// How long an orchestrator may take to close a stream after its last chunk.
 const CLOSING: Duration = Duration::from_secs(1);
+
+/// The id of an event of a stream that may be resumed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct EventId {
+    /// When the answer began. A request that failed and runs again has another answer.
+    pub(crate) created_at: UnixMillis,
+    pub(crate) seq: u64,
+}
+
+impl EventId {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (created_at, seq) = text.split_once('-')?;
+        Some(Self { created_at: UnixMillis(created_at.parse().ok()?), seq: seq.parse().ok()? })
+    }
+}
+
+impl std::fmt::Display for EventId {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{}-{}", self.created_at.0, self.seq)
+    }
+}
 
 /// A piece of an answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -364,6 +385,8 @@ pub(crate) struct ChunkHead {
     pub(crate) progress: Option<IgnoredAny>,
     #[serde(default)]
     pub(crate) origin: Option<Origin>,
+    #[serde(default)]
+    pub(crate) model: Option<ModelKey>,
 }
 
 impl ChunkHead {

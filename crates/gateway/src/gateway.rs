@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::answer::{Answer, Expected};
+use crate::answer::{Answer, Begun, ChunkHead, Expected};
 use crate::authentication::Authentication;
 use crate::builds::{self, Build};
 use crate::cached::Cached;
@@ -278,9 +278,11 @@ impl Gateway {
             let timeouts = self.timeouts(&record, &job);
             let expected = Expected::of(&job.input);
             let request = self.request(&grant, &builds, job, timeouts, &record)?;
-            let begun = self.inner.upstream.submit(&request, timeouts).await;
-            let entries = builds.into_iter().map(|build| build.entry).collect();
-            Ok((begun.map_err(|error| repeat.name_key(error.for_clients()))?, entries, expected))
+            let begun = self.begin(request, timeouts).await;
+            let begun = begun.map_err(|error| repeat.name_key(error.for_clients()))?;
+            let mut entries: Vec<_> = builds.into_iter().map(|build| build.entry).collect();
+            entries.extend(self.replayed_model(&begun, &entries).await?);
+            Ok((begun, entries, expected))
         };
         let opened = self.cut().run_until_cancelled(opened).await;
         match opened.unwrap_or_else(|| Err(upstream::stopping())) {
@@ -294,6 +296,37 @@ impl Gateway {
                 Err(error)
             }
         }
+    }
+
+    /// Submits a job. A token that this gateway chose for an SDK may be used up; its client knows nothing of it.
+    async fn begin(&self, request: InferRequest, timeouts: Timeouts) -> Result<Begun, WireError> {
+        let is_own = request.linger_ms.is_some() && !request.keeps_answer;
+        match self.inner.upstream.submit(&request, timeouts).await {
+            Err(error) if is_own && error.code == ErrorCode::IdempotencyKeyReused => {
+                let request = InferRequest { retry_token: self.make_token()?, ..request };
+                self.inner.upstream.submit(&request, timeouts).await
+            }
+            begun => begun,
+        }
+    }
+
+    /// Returns the model of a replayed answer if its name stands for another one by now.
+    async fn replayed_model(
+        &self,
+        begun: &Begun,
+        entries: &[Arc<ModelEntry>],
+    ) -> Result<Option<Arc<ModelEntry>>, WireError> {
+        let is_replayed = begun.origin.is_some_and(|origin| origin.replayed);
+        let named = begun.first.as_deref().filter(|_| is_replayed).and_then(|first| ChunkHead::read(first).model);
+        let Some(named) = named.filter(|named| !entries.iter().any(|entry| entry.key == *named)) else {
+            return Ok(None);
+        };
+        let models = self.models().await?;
+        let entry = models.find(&named.model_id, Some(named.version)).cloned().ok_or_else(|| {
+            let message = format!("the kept answer is of {named}, which is no longer there; use a new key");
+            WireError::new(ErrorCode::IdempotencyKeyReused, message).with_param("Idempotency-Key")
+        })?;
+        Ok(Some(entry))
     }
 
     /// Checks what can be checked without an orchestrator. Returns the builds that may run the job, at least one.

@@ -1,16 +1,18 @@
 //! Finds the requests that repeat an earlier one: by a key of the client, or because an official SDK tries again.
 
 use std::collections::VecDeque;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use protocol::{Digest, ErrorCode, RetryToken, TenantId, WireError};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 /// How long a job goes on for an SDK whose connection was lost. By default, official SDKs wait for up to 1 s before a
 /// try.
 pub(crate) const SDK_LINGER: Duration = Duration::from_secs(2);
+/// How soon after the end of a connection an SDK tries again, at most.
+const RETRIED_WITHIN: Duration = Duration::from_secs(10);
 /// How long a request of an SDK is remembered. By default, SDKs wait for an answer for as long.
 const REMEMBERED: Duration = Duration::from_mins(10);
 /// The most requests of SDKs that are remembered.
@@ -40,12 +42,36 @@ impl Repeat {
 pub(crate) struct SdkCall {
     /// Whether the SDK says that it tries again.
     pub(crate) is_retry: bool,
-    /// Cancelled when its connection has ended.
-    pub(crate) connection: CancellationToken,
+    /// When its connection ended.
+    pub(crate) connection: ConnectionEnd,
+}
+
+/// When a connection ended.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ConnectionEnd(Arc<OnceLock<Instant>>);
+
+impl ConnectionEnd {
+    /// Records that the connection ends when the guard is dropped.
+    pub(crate) fn guard(&self) -> ConnectionGuard {
+        ConnectionGuard(self.clone())
+    }
+
+    fn is_within(&self, time: Duration, now: Instant) -> bool {
+        self.0.get().is_some_and(|ended_at| now.duration_since(*ended_at) <= time)
+    }
+}
+
+/// Records the end of a connection when it is dropped.
+pub(crate) struct ConnectionGuard(ConnectionEnd);
+
+impl Drop for ConnectionGuard {
+    fn drop(&mut self) {
+        let _ = (self.0.0).set(Instant::now());
+    }
 }
 
 /// The last requests of SDKs, so that their retries are recognised: of the same tenant, with the same content, and only
-/// after the first one's connection is gone. Equal requests beside each other are not retries.
+/// shortly after the first one's connection ended. Equal requests beside each other are not retries.
 #[derive(Default)]
 pub(crate) struct SdkRequests {
     requests: Mutex<VecDeque<Remembered>>,
@@ -55,7 +81,7 @@ struct Remembered {
     tenant_id: TenantId,
     content: Digest,
     token: RetryToken,
-    connection: CancellationToken,
+    connection: ConnectionEnd,
     until: Instant,
 }
 
@@ -68,9 +94,10 @@ impl SdkRequests {
             requests.pop_front();
         }
         let is_first = |known: &Remembered| {
-            known.connection.is_cancelled() && known.content == content && known.tenant_id == *tenant_id
+            let is_gone = known.connection.is_within(RETRIED_WITHIN, now);
+            is_gone && known.content == content && known.tenant_id == *tenant_id
         };
-        let first = call.is_retry.then(|| requests.iter().position(is_first)).flatten();
+        let first = call.is_retry.then(|| requests.iter().rposition(is_first)).flatten();
         let token = first.and_then(|first| requests.remove(first)).map_or(new, |first| first.token);
         requests.push_back(Remembered {
             tenant_id: tenant_id.clone(),
@@ -101,7 +128,7 @@ mod tests {
     }
 
     fn call(is_retry: bool) -> SdkCall {
-        SdkCall { is_retry, connection: CancellationToken::new() }
+        SdkCall { is_retry, connection: ConnectionEnd::default() }
     }
 
     #[tokio::test(start_paused = true)]
@@ -111,23 +138,37 @@ mod tests {
         assert_eq!(scene.send("acme", "x", &first), "1");
         assert_eq!(scene.send("acme", "x", &call(true)), "2", "the first connection is there");
         assert_eq!(scene.send("acme", "y", &other), "3");
-        first.connection.cancel();
-        other.connection.cancel();
+        drop(first.connection.guard());
+        drop(other.connection.guard());
         assert_eq!(scene.send("acme", "x", &call(false)), "4", "it says that it is no retry");
         assert_eq!(scene.send("evil", "x", &call(true)), "5", "another tenant");
         let second = call(true);
         assert_eq!(scene.send("acme", "x", &second), "1");
         assert_eq!(scene.send("acme", "x", &call(true)), "7", "one retry of each request at a time");
-        second.connection.cancel();
+        drop(second.connection.guard());
         assert_eq!(scene.send("acme", "x", &call(true)), "1", "the second retry");
         assert_eq!(scene.send("acme", "y", &call(true)), "3");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_ended_long_ago_is_not_repeated() {
+        let mut scene = Scene { requests: SdkRequests::default(), sent: 0 };
+        let (old, new) = (call(false), call(false));
+        for call in [&old, &new] {
+            scene.send("acme", "x", call);
+            drop(call.connection.guard());
+            tokio::time::advance(RETRIED_WITHIN).await;
+        }
+        assert_eq!(scene.send("acme", "x", &call(true)), "2", "the latest counts");
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert_eq!(scene.send("acme", "x", &call(true)), "4");
     }
 
     #[tokio::test(start_paused = true)]
     async fn few_requests_are_remembered_and_not_for_long() {
         let mut scene = Scene { requests: SdkRequests::default(), sent: 0 };
         let gone = call(false);
-        gone.connection.cancel();
+        drop(gone.connection.guard());
         for _ in 0..2 * REMEMBERED_MAX {
             scene.send("acme", "x", &gone);
         }

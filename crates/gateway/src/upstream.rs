@@ -155,6 +155,8 @@ impl Upstream {
         let job = request.fingerprint.map(|_| id);
         let mut last = away(NodeRole::Orchestrator);
         let mut may_be_known = false;
+        // An orchestrator whose connection broke goes on with a job that lingers. No other may run it meanwhile.
+        let mut runs_at = None;
         let mut backoff = Backoff::new(BACKOFF, BACKOFF_MAX, id.0.as_u128() as u64);
         let restarted_by = timeouts.deadline.min(Instant::now() + RESTART);
         let mut restarts = false;
@@ -176,6 +178,9 @@ impl Upstream {
             self.had_orchestrator.store(true, Ordering::Relaxed);
             let mut is_one_full = None;
             for peer in peers {
+                if runs_at.is_some_and(|at| at != peer) {
+                    continue;
+                }
                 let left = timeouts.deadline.saturating_duration_since(Instant::now());
                 // An orchestrator accepts once a worker has sent something, which may take until the job's deadline.
                 let options = StreamOptions { accept_within: left, deadline: Some(left), stall: timeouts.stall };
@@ -193,6 +198,9 @@ impl Upstream {
                             return Err(lost());
                         }
                         may_be_known |= !refused;
+                        if !refused && request.linger_ms.is_some() {
+                            runs_at = Some(peer);
+                        }
                         if has_no_room(error.code) {
                             is_one_full.get_or_insert(error);
                         } else if another_may_know(error.code) {

@@ -427,6 +427,11 @@ impl Orchestrator {
                     .filter(|_| error.code == ErrorCode::NoCapacity)
                     .unwrap_or_else(|| error.clone());
                 let error = if delivery.has_begun() { refusals::in_mid_answer(error) } else { error.as_job_failure() };
+                // A gateway takes `Unavailable` for its orchestrator's, and would submit the job again.
+                let error = match error.code {
+                    ErrorCode::Unavailable if journey.is_dispatched => refusals::worker_unavailable(),
+                    _ => error,
+                };
                 (Ending::failed(error), JobEvent::Fail)
             }
             AttemptEnd::Dead { error } => (Ending::dead(error.clone()), JobEvent::Die),

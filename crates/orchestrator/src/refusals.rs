@@ -59,6 +59,11 @@ pub(crate) fn repeated(known: &JobRecord, fingerprint: &[u8; 32]) -> WireError {
     }
 }
 
+/// The error of a job whose workers took no calls.
+pub(crate) fn worker_unavailable() -> WireError {
+    WireError::new(ErrorCode::WorkerFailed, "the workers that were tried did not answer, try again")
+}
+
 /// The error of a request under the key of another request.
 pub(crate) fn reused() -> WireError {
     let message = "this idempotency key was used for another request; give each request a key of its own";

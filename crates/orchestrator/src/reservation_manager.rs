@@ -26,7 +26,7 @@ use crate::refusals;
 /// The most expired leases that one sweep releases.
 const EXPIRED_AT_ONCE: u32 = 256;
 
-/// How often kept answers are pruned. Each time reads their sizes.
+/// How often kept answers are pruned.
 const PRUNE_EVERY: Duration = Duration::from_mins(1);
 /// The most answers that one write removes.
 const PRUNED_AT_ONCE: u32 = 64;

@@ -55,6 +55,7 @@ pub(super) async fn generate(
     let opening = job::open(bridge, admitted, job);
     if stream {
         let format = Sse::new(heading).after(last_event_id);
+        let opening = job::resumed(opening, last_event_id);
         return job::stream(bridge, opening, format, "text/event-stream", response_headers).await;
     }
     match whole(opening, &heading).await {

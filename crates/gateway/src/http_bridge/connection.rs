@@ -25,7 +25,6 @@ use tracing::debug;
 use super::client_address::{client_address, is_proxy};
 use super::errors;
 use super::extract::{ArrivedAt, Bridge};
-use super::repeats::ConnectionEnd;
 use super::reset_limit::ResetLimit;
 use super::router;
 use super::timeouts::{Activity, ConnectionTimeouts, TrackedBody, Watched};
@@ -33,6 +32,7 @@ use super::tls::Tls;
 use super::turn_away::too_many;
 use crate::gateway::Gateway;
 use crate::origin_permits::{OriginPermit, OriginPermits};
+use crate::repeats::ConnectionEnd;
 use crate::request_context::Origin;
 
 /// Maximum size of a request head, in bytes.
@@ -134,13 +134,13 @@ impl Shared {
     ) {
         let activity = Arc::new(Activity::begin());
         let excess = CancellationToken::new();
-        let end = CancellationToken::new();
-        let _ended = end.clone().drop_guard();
+        let end = ConnectionEnd::default();
+        let _ended = end.guard();
         let asked = CancellationToken::new();
         let io = TokioIo::new(Watched::new(stream, activity.clone()));
         let service = hyper::service::service_fn(|mut request: Request<Incoming>| {
             request.extensions_mut().insert(arrived_at);
-            request.extensions_mut().insert(ConnectionEnd(end.clone()));
+            request.extensions_mut().insert(end.clone());
             asked.cancel();
             let guard = activity.request(request.version() == Version::HTTP_2);
             let (shared, excess) = (self.clone(), excess.clone());

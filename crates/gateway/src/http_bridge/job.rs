@@ -5,7 +5,7 @@ use std::pin::Pin;
 use axum::body::Body;
 use axum::extract::Request;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, header};
-use protocol::{CorrelationId, WireError};
+use protocol::{CorrelationId, ErrorCode, WireError};
 use rpc::rate_limit::Verdict;
 use tokio::time;
 use tracing::debug;
@@ -14,7 +14,7 @@ use super::answer_body::AnswerBody;
 use super::errors::{self, text};
 use super::extract::{Bridge, context, token};
 use super::{repeats, request_body};
-use crate::answer::{Answer, StreamFormat};
+use crate::answer::{Answer, EventId, StreamFormat};
 use crate::config::seconds;
 use crate::job::Job;
 use crate::request_context::{AdmittedRequest, Refusal, RequestContext};
@@ -25,7 +25,7 @@ pub(super) struct ParsedRequest<T> {
     pub(super) rate: Verdict,
     pub(super) admitted: AdmittedRequest,
     /// The last event of the stream that its client has.
-    pub(super) last_event_id: Option<u64>,
+    pub(super) last_event_id: Option<EventId>,
     /// The parsed body.
     pub(super) parsed: T,
 }
@@ -92,6 +92,22 @@ pub(super) fn identify(
 pub(super) fn open(bridge: &Bridge, admitted: AdmittedRequest, job: Job) -> Opening {
     let gateway = bridge.gateway.clone();
     Box::pin(async move { gateway.submit(admitted, job).await.map(Box::new) })
+}
+
+/// Refuses an answer that is not the one of the client's last event.
+pub(super) fn resumed(opening: Opening, last: Option<EventId>) -> Opening {
+    let Some(last) = last else { return opening };
+    Box::pin(async move {
+        let answer = opening.await?;
+        match answer.origin() {
+            Some(origin) if origin.created_at == last.created_at => Ok(answer),
+            _ => {
+                let message = "the answer of this event is gone, and the request runs anew; \
+                               ask again without Last-Event-ID for another answer";
+                Err(WireError::new(ErrorCode::IdempotencyKeyReused, message).with_param("Last-Event-ID"))
+            }
+        }
+    })
 }
 
 /// Builds the response of a stream. An error that arrives soon enough gets its own status.

@@ -1,11 +1,11 @@
 //! Reads the headers by which a client repeats a request or resumes a stream.
 
-use http::{Extensions, HeaderMap, HeaderName};
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue};
 use protocol::{Digest, ErrorCode, RetryToken, WireError};
-use tokio_util::sync::CancellationToken;
 use utoipa::IntoParams;
 
-use crate::repeats::{Repeat, SdkCall};
+use crate::answer::EventId;
+use crate::repeats::{ConnectionEnd, Repeat, SdkCall};
 
 pub(super) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
@@ -26,22 +26,28 @@ pub(super) struct RepeatHeaders {
     /// With an `Idempotency-Key`: the `id` of the last event of the stream that the client has. The stream continues
     /// after it.
     #[param(rename = "Last-Event-ID")]
-    last_event_id: Option<u64>,
+    last_event_id: Option<String>,
 }
-
-/// Cancelled when a request's connection has ended.
-#[derive(Clone)]
-pub(super) struct ConnectionEnd(pub(super) CancellationToken);
 
 /// Reads what a request says of repeats.
 pub(super) fn read(headers: &HeaderMap, extensions: &Extensions) -> Result<Repeat, WireError> {
-    let key = headers.get(IDEMPOTENCY_KEY).map(|value| retry_token(value.as_bytes())).transpose()?;
+    let key = only(headers, &IDEMPOTENCY_KEY)?.map(|value| retry_token(value.as_bytes())).transpose()?;
     let count = headers.get(SDK_RETRY_COUNT).and_then(|count| count.to_str().ok()?.trim().parse::<u32>().ok());
     let sdk = count.zip(extensions.get::<ConnectionEnd>()).map(|(count, end)| {
-        let connection = end.0.clone();
+        let connection = end.clone();
         SdkCall { is_retry: count > 0, connection }
     });
     Ok(Repeat { key, sdk })
+}
+
+/// Returns the value of a header that may be there once.
+fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a HeaderValue>, WireError> {
+    let mut values = headers.get_all(name).iter();
+    let first = values.next();
+    if values.next().is_some() {
+        return Err(WireError::new(ErrorCode::InvalidValue, format!("{name} is given more than once")));
+    }
+    Ok(first)
 }
 
 /// Returns the retry token that stands for an idempotency key. Only the digest of the key goes further.
@@ -58,21 +64,21 @@ fn retry_token(key: &[u8]) -> Result<RetryToken, WireError> {
 }
 
 /// Reads the id of the last event that the client has of a stream.
-pub(super) fn last_event_id(headers: &HeaderMap) -> Result<Option<u64>, WireError> {
-    let Some(value) = headers.get(LAST_EVENT_ID) else { return Ok(None) };
+pub(super) fn last_event_id(headers: &HeaderMap) -> Result<Option<EventId>, WireError> {
+    let Some(value) = only(headers, &LAST_EVENT_ID)? else { return Ok(None) };
     let invalid = |message| Err(WireError::new(ErrorCode::InvalidValue, message).with_param("Last-Event-ID"));
     if !headers.contains_key(IDEMPOTENCY_KEY) {
         return invalid("Last-Event-ID resumes a stream that was begun with an Idempotency-Key; send both");
     }
-    match value.to_str().ok().and_then(|value| value.trim().parse().ok()) {
+    match value.to_str().ok().and_then(|value| EventId::parse(value.trim())) {
         Some(id) => Ok(Some(id)),
-        None => invalid("Last-Event-ID must be the id of an event of this stream, a whole number"),
+        None => invalid("Last-Event-ID must be the id of an event of this stream, as 1700000000000-17"),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
+    use protocol::UnixMillis;
 
     use super::*;
 
@@ -100,11 +106,21 @@ mod tests {
     }
 
     #[test]
+    fn a_header_that_is_there_twice_is_refused() {
+        let mut twice = headers(&[("idempotency-key", "a")]);
+        twice.append(IDEMPOTENCY_KEY, HeaderValue::from_static("b"));
+        assert_eq!(read(&twice, &Extensions::new()).expect_err("refused").code, ErrorCode::InvalidValue);
+    }
+
+    #[test]
     fn only_a_stream_with_a_key_is_resumed() {
         let key = ("idempotency-key", "k");
         assert_eq!(last_event_id(&headers(&[key])), Ok(None));
-        assert_eq!(last_event_id(&headers(&[key, ("last-event-id", "7")])), Ok(Some(7)));
-        for bad in [&[("last-event-id", "7")][..], &[key, ("last-event-id", "x")], &[key, ("last-event-id", "-1")]] {
+        assert_eq!(
+            last_event_id(&headers(&[key, ("last-event-id", "5-7")])),
+            Ok(Some(EventId { created_at: UnixMillis(5), seq: 7 }))
+        );
+        for bad in [&[("last-event-id", "5-7")][..], &[key, ("last-event-id", "7")], &[key, ("last-event-id", "5-")]] {
             assert_eq!(last_event_id(&headers(bad)).expect_err("refused").param.as_deref(), Some("Last-Event-ID"));
         }
     }
@@ -112,7 +128,7 @@ mod tests {
     #[test]
     fn a_request_of_an_sdk_is_known_by_its_retry_count() {
         let mut extensions = Extensions::new();
-        extensions.insert(ConnectionEnd(CancellationToken::new()));
+        extensions.insert(ConnectionEnd::default());
         let retry = |count: &'static str| {
             let sdk = read(&headers(&[("x-stainless-retry-count", count)]), &extensions).expect("good").sdk;
             sdk.map(|sdk| sdk.is_retry)

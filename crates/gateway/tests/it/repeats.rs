@@ -90,7 +90,7 @@ async fn a_replayed_answer_says_so_and_is_as_old_as_the_first() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_is_resumed_after_the_last_event_of_its_client() {
     let network = Network::start().await;
-    let mut body = chat_body("hi");
+    let mut body = chat_body("replayed");
     body["stream"] = json!(true);
     let send = async |last: Option<&str>| {
         let request = network.post(CHAT, &body).header("idempotency-key", "k");
@@ -102,11 +102,15 @@ async fn a_stream_is_resumed_after_the_last_event_of_its_client() {
     };
     let whole = send(None).await;
     let ids: Vec<&str> = whole.lines().filter_map(|line| line.strip_prefix("id: ")).collect();
-    assert!(ids.len() >= 3, "{whole}");
+    assert_eq!(ids, ["1700000000000-0", "1700000000000-1"]);
     let rest = send(Some(ids[0])).await;
     let content = |text: &str| text.lines().filter(|line| line.starts_with("data: {")).count();
     assert_eq!(content(&rest) + 1, content(&whole));
-    assert!(whole.ends_with(&rest.split_once("\"choices\"").expect("a chunk").1), "{rest}");
+    assert!(whole.ends_with(rest.split_once("\"choices\"").expect("a chunk").1), "{rest}");
+    // The job failed meanwhile, and runs anew: what follows belongs to another answer.
+    let request = network.post(CHAT, &body).header("idempotency-key", "k");
+    let refused = request.header("last-event-id", "1600000000000-0").send().await.expect("answered");
+    expect_error(refused, 422, "idempotency_key_reused", Some("Last-Event-ID")).await;
     network.end().await;
 }
 
@@ -121,7 +125,7 @@ async fn headers_that_make_no_sense_are_refused_and_no_job_runs() {
     for (pairs, param) in [
         (&[("idempotency-key", "")][..], "Idempotency-Key"),
         (&[("idempotency-key", &long)], "Idempotency-Key"),
-        (&[("last-event-id", "3")], "Last-Event-ID"),
+        (&[("last-event-id", "1-3")], "Last-Event-ID"),
         (&[("idempotency-key", "k"), ("last-event-id", "three")], "Last-Event-ID"),
     ] {
         expect_error(chat(pairs).await.expect("answered"), 400, "invalid_value", Some(param)).await;
@@ -133,6 +137,19 @@ async fn headers_that_make_no_sense_are_refused_and_no_job_runs() {
     let reused = chat_body("refuse idempotency_key_reused");
     let reused = network.post(CHAT, &reused).header("idempotency-key", "k").send().await.expect("answered");
     expect_error(reused, 422, "idempotency_key_reused", Some("Idempotency-Key")).await;
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_of_an_sdk_that_is_used_up_is_replaced() {
+    let network = Network::start().await;
+    let request = network.post(CHAT, &chat_body("refuse idempotency_key_reused"));
+    let response = request.header("x-stainless-retry-count", "0").send().await.expect("answered");
+    assert_eq!(response.status(), 422);
+    let jobs = network.fake.jobs.lock().clone();
+    assert_eq!(jobs.len(), 2);
+    assert_ne!(jobs[0].retry_token, jobs[1].retry_token);
+    assert_eq!(jobs[0].correlation_id, jobs[1].correlation_id);
     network.end().await;
 }
 

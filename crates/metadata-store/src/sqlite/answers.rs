@@ -30,18 +30,22 @@ pub(super) fn find(connection: &Connection, key: &JobKey, now: UnixMillis) -> ru
 }
 
 pub(super) fn prune(connection: &Connection, now: UnixMillis, bytes_max: u64, limit: u32) -> rusqlite::Result<u32> {
-    // The running sum counts from the answer that expires last.
-    let removed = connection
+    let expired = connection
         .prepare_cached(
             "DELETE FROM answers WHERE job_id IN (
-                 SELECT job_id FROM (
-                     SELECT job_id, expires_at,
-                            sum(length(sealed)) OVER (ORDER BY expires_at DESC, job_id DESC) AS bytes
-                     FROM answers
-                 )
-                 WHERE expires_at <= ?1 OR bytes > ?2 ORDER BY expires_at, job_id LIMIT ?3
-             )",
+                 SELECT job_id FROM answers WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?2)",
         )?
-        .execute((integer(now.0), integer(bytes_max), limit))?;
-    Ok(removed as u32)
+        .execute((integer(now.0), limit))?;
+    let mut removed = expired as u32;
+    let mut size = connection.prepare_cached("SELECT bytes FROM answers_size")?;
+    let mut remove_next = connection.prepare_cached(
+        "DELETE FROM answers WHERE job_id = (SELECT job_id FROM answers ORDER BY expires_at, job_id LIMIT 1)",
+    )?;
+    while removed < limit && size.query_row((), |row| row.get::<_, i64>(0))? > integer(bytes_max) {
+        if remove_next.execute(())? == 0 {
+            break;
+        }
+        removed += 1;
+    }
+    Ok(removed)
 }

@@ -3,15 +3,15 @@
 use std::fmt::Write as _;
 
 use bytes::{BufMut as _, BytesMut};
-use protocol::WireError;
 use protocol::infer::FinishReason;
 use protocol::usage::TokenUsage;
+use protocol::{UnixMillis, WireError};
 use serde::Serialize;
 
 use super::chunk::{ChatChoice, Delta, Head, TextChoice};
 use super::logprobs::{ChatLogprobs, TextLogprobs, TextPosition};
 use super::{Heading, Usage, error, fingerprint};
-use crate::answer::{Answer, Content, Piece, StreamFormat};
+use crate::answer::{Answer, Content, EventId, Piece, StreamFormat};
 use crate::openai::Endpoint;
 
 /// Writes an answer as server-sent events.
@@ -20,6 +20,8 @@ pub(crate) struct Sse {
     /// The JSON that every chunk begins with, up to its choices, serialized once.
     head: Vec<u8>,
     choices: Vec<ChoiceState>,
+    /// When the answer began, if it can be resumed.
+    began: Option<UnixMillis>,
     /// The last event that the client has.
     after: Option<u64>,
 }
@@ -38,12 +40,12 @@ impl Sse {
         let position = |chars: &usize| TextPosition::of(*chars, heading.echo);
         let choices =
             heading.prompt_chars.iter().map(|chars| ChoiceState { role: false, position: position(chars) }).collect();
-        Self { heading, head: vec![], choices, after: None }
+        Self { heading, head: vec![], choices, began: None, after: None }
     }
 
     /// Leaves out the events up to one that the client has.
-    pub(crate) fn after(self, event: Option<u64>) -> Self {
-        Self { after: event, ..self }
+    pub(crate) fn after(self, event: Option<EventId>) -> Self {
+        Self { after: event.map(|event| event.seq), ..self }
     }
 
     fn set_head(&mut self, created: u64, fingerprint: &str) {
@@ -67,7 +69,10 @@ impl Sse {
             return;
         }
         out.reserve(64 + self.head.len() + 2 * text.len() + 128);
-        let written = write!(out, "id: {}\ndata: ", piece.seq);
+        let written = match self.began {
+            Some(created_at) => write!(out, "id: {}\ndata: ", EventId { created_at, seq: piece.seq }),
+            None => write!(out, "id: {}\ndata: ", piece.seq),
+        };
         debug_assert!(written.is_ok(), "a buffer grows");
         out.put_slice(&self.head);
         let (index, finish_reason) = (*index, finish_reason.map(FinishReason::as_str));
@@ -96,6 +101,7 @@ impl Sse {
 
 impl StreamFormat for Sse {
     fn begin(&mut self, answer: &Answer) {
+        self.began = answer.origin().map(|origin| origin.created_at);
         self.set_head(self.heading.created(answer), &fingerprint(answer));
     }
 

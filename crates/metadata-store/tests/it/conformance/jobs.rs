@@ -244,6 +244,15 @@ pub(crate) async fn answers_are_pruned_by_age_and_by_bytes(subject: Jobs) {
     assert_eq!(store.prune_answers(NOW, 15, 10).await, Ok(1));
     assert!(!has(3).await && has(4).await);
     assert!(store.job(&key(1)).await.expect("reads").is_some(), "the job is not removed");
+    // The last answer goes with its job, and takes no room any more.
+    assert_eq!(store.prune(UnixMillis(LEASE.0 + 1), 10).await, Ok(4));
+    for number in 5..=6 {
+        store.reserve(NewJob { worker_capacity: 9, ..job(number) }).await.expect("reserves");
+        let kept = answer(&[0; 10], LEASE);
+        store.finalise(Settlement { answer: Some(kept), ..settlement(number) }).await.expect("settles");
+    }
+    assert_eq!(store.prune_answers(NOW, 20, 10).await, Ok(0));
+    assert!(has(5).await && has(6).await);
 }
 
 pub(crate) async fn a_job_moves_to_another_worker_as_its_next_attempt(subject: Jobs) {

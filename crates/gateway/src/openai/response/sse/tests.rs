@@ -62,7 +62,10 @@ fn a_resumed_stream_has_the_events_after_the_last_one_that_its_client_has() {
     let whole = written(&mut sse(Endpoint::Chat, true), &pieces);
     let events: Vec<&str> = whole.split_inclusive("\n\n").collect();
     for (last, missing) in [(0, 1), (1, 1), (2, 2), (3, 3), (9, 3)] {
-        let rest = written(&mut sse(Endpoint::Chat, true).after(Some(last)), &pieces);
+        let rest = written(
+            &mut sse(Endpoint::Chat, true).after(Some(EventId { created_at: UnixMillis(5), seq: last })),
+            &pieces,
+        );
         assert_eq!(rest, events[missing..].concat(), "after {last}");
     }
 }
