@@ -137,7 +137,17 @@ impl ModelRuntime for LlamaRuntime {
         let Shape { context_length, slots, kv_tokens } = loaded.shape;
         let (abilities, placement) = (loaded.abilities, loaded.placement.clone());
         lock(&self.models).insert(id, Arc::new(loaded));
-        Ok(LoadedModel { id, context_length, kv_tokens, slots, pid: None, abilities, placement, sandbox: None })
+        Ok(LoadedModel {
+            id,
+            context_length,
+            kv_tokens,
+            slots,
+            pid: None,
+            abilities,
+            placement,
+            sandbox: None,
+            server: None,
+        })
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {

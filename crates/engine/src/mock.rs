@@ -246,7 +246,17 @@ impl ModelRuntime for MockRuntime {
             context_trained: context_length,
         };
         let placement = if self.options.vram_bytes > 0 { placement } else { DevicePlacement::default() };
-        Ok(LoadedModel { id, context_length, kv_tokens: 0, slots, pid: None, abilities, placement, sandbox: None })
+        Ok(LoadedModel {
+            id,
+            context_length,
+            kv_tokens: 0,
+            slots,
+            pid: None,
+            abilities,
+            placement,
+            sandbox: None,
+            server: None,
+        })
     }
 
     async fn unload(&self, model: ModelId) -> Result<(), EngineError> {

@@ -5,6 +5,7 @@
 
 mod output;
 mod request;
+mod server;
 
 use std::fmt;
 use std::fs::File;
@@ -25,6 +26,7 @@ pub use inference::{
 };
 pub use output::*;
 pub use request::*;
+pub use server::*;
 
 /// Loads models and generates text with them.
 ///
@@ -240,6 +242,9 @@ pub struct LoadedModel {
     pub placement: DevicePlacement,
     /// The sandbox of its process, if it has one of its own.
     pub sandbox: Option<Sandbox>,
+    /// The server that runs it, if this is not an engine of our own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<ServerFacts>,
 }
 
 /// Where a loaded model is placed, and how much of the requested placement it got. All fields are 0 if unknown.

@@ -7,6 +7,7 @@
 pub mod answer_reader;
 mod attached;
 mod body;
+pub mod continuation;
 pub mod dialect;
 mod discovery;
 pub mod event_stream;
@@ -29,7 +30,8 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use self::answer_reader::AnswerReader;
-use self::attached::Attached;
+use self::attached::{Attached, RequestPermit};
+use self::continuation::Delivered;
 use self::dialect::{Dialect, Kind, Listed};
 pub use self::discovery::{MODELS_MAX, Survey};
 pub use self::http_client::{AddressError, ServerAddress};
@@ -37,9 +39,9 @@ use self::http_client::{HttpClient, HttpError};
 use crate::hardware::Hardware;
 use crate::model_facts::ModelFacts;
 use crate::model_runtime::{
-    Abilities, DevicePlacement, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions,
-    LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo,
-    VerifiedArtifact, unsupported,
+    Abilities, ContinuedText, DevicePlacement, EmbedRequest, Embeddings, EngineError, Event, FinishReason,
+    GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, Piece,
+    ProgressSink, PromptInput, RuntimeInfo, ServerFacts, TokenUsage, VerifiedArtifact, unsupported,
 };
 
 /// The first id of attached models, so that their ids differ from those of all other runtimes in the process.
@@ -146,6 +148,10 @@ impl RemoteRuntime {
             abilities,
             placement: DevicePlacement::default(),
             sandbox: None,
+            server: Some(ServerFacts {
+                dialect,
+                prefills: abilities.chat && self.prefills(&server, name, dialect).await,
+            }),
         };
         let Listed { name, facts, .. } = listed;
         let attached = Attached::new(loaded.clone(), server, name, dialect, options.queue_max);
@@ -184,6 +190,78 @@ impl RemoteRuntime {
             }
             (_, Ok(embedding_length)) => Ok(Abilities { embedding_length, ..Abilities::default() }),
         }
+    }
+
+    /// Determines whether a server continues the last message of a conversation. vLLM and SGLang have a field for it;
+    /// llama-server is asked to apply its template.
+    async fn prefills(&self, server: &ServerAddress, name: &str, dialect: Dialect) -> bool {
+        match dialect {
+            Dialect::Vllm | Dialect::Sglang => true,
+            Dialect::LlamaServer => {
+                let begun = [("user", "Is it?"), ("assistant", dialect::BEGUN_WORD)];
+                let messages: Value = begun.iter().map(|(role, text)| json!({"role": role, "content": text})).collect();
+                let body = json!({"model": name, "messages": messages});
+                let templated = self.http.ask(server, "/apply-template", &body, self.timeouts.describe).await;
+                templated.is_ok_and(|templated| dialect::read_template(&templated))
+            }
+            Dialect::Ollama | Dialect::LmStudio | Dialect::Other => false,
+        }
+    }
+
+    /// Returns the number of a text's tokens as its server counts them, or else the estimate.
+    async fn tokens_of(&self, attached: &Attached, continued: &ContinuedText) -> u32 {
+        let body = match attached.dialect {
+            Dialect::LlamaServer => json!({"model": attached.name, "content": continued.text}),
+            Dialect::Vllm | Dialect::Sglang => {
+                json!({"model": attached.name, "prompt": continued.text, "add_special_tokens": false})
+            }
+            Dialect::Ollama | Dialect::LmStudio | Dialect::Other => return continued.tokens,
+        };
+        let counted = self.ask(attached, "/tokenize", &body).await;
+        counted.ok().and_then(|counted| read_count(&counted)).unwrap_or(continued.tokens)
+    }
+
+    /// Generates the rest of an answer that another server began.
+    async fn continue_text(
+        &self,
+        attached: Arc<Attached>,
+        request: GenerateRequest,
+        continued: ContinuedText,
+    ) -> Result<GenerateStream, EngineError> {
+        let request = continuation::rest_of(request, &continued.text)?;
+        let permit = attached.enter()?;
+        let tokens = self.tokens_of(&attached, &continued).await;
+        let continued = ContinuedText { tokens, ..continued };
+        match continuation::within_limit(request, &continued) {
+            Some(request) => self.begin(attached, permit, request, Some(Delivered::new(&continued.text, tokens))).await,
+            None => Ok(complete(tokens).await),
+        }
+    }
+
+    async fn begin(
+        &self,
+        attached: Arc<Attached>,
+        permit: RequestPermit,
+        request: GenerateRequest,
+        delivered: Option<Delivered>,
+    ) -> Result<GenerateStream, EngineError> {
+        let call = body::generation(attached.dialect, &attached.name, attached.loaded.context_length, &request)?;
+        let opened = self.http.open(&attached.server, call.path, &call.body, self.timeouts.begin);
+        let response = tokio::select! {
+            biased;
+            () = attached.unloaded.cancelled() => return Err(EngineError::NotLoaded),
+            opened = opened => opened.map_err(|error| self.lost(&attached, error))?,
+        };
+        let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
+        let reader = AnswerReader::new(guessed_tokens(&request.input));
+        let reader = match delivered {
+            Some(delivered) => reader.after(delivered),
+            None => reader,
+        };
+        let relaying = generation::relay(response, reader, sink, permit, self.timeouts);
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move { stop.run_until_cancelled(relaying).await });
+        Ok(stream)
     }
 
     fn find(&self, id: ModelId) -> Result<Arc<Attached>, EngineError> {
@@ -236,25 +314,16 @@ impl ModelRuntime for RemoteRuntime {
         Ok(())
     }
 
-    async fn generate(&self, request: GenerateRequest) -> Result<GenerateStream, EngineError> {
+    async fn generate(&self, mut request: GenerateRequest) -> Result<GenerateStream, EngineError> {
         let attached = self.find(request.model)?;
         if !attached.loaded.abilities.generate {
             return Err(unsupported("model", "it makes vectors only"));
         }
-        let call = body::generation(attached.dialect, &attached.name, attached.loaded.context_length, &request)?;
+        if let Some(continued) = request.continued_text.take() {
+            return self.continue_text(attached, request, continued).await;
+        }
         let permit = attached.enter()?;
-        let opened = self.http.open(&attached.server, call.path, &call.body, self.timeouts.begin);
-        let response = tokio::select! {
-            biased;
-            () = attached.unloaded.cancelled() => return Err(EngineError::NotLoaded),
-            opened = opened => opened.map_err(|error| self.lost(&attached, error))?,
-        };
-        let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
-        let reader = AnswerReader::new(guessed_tokens(&request.input));
-        let relaying = generation::relay(response, reader, sink, permit, self.timeouts);
-        let stop = self.stop.clone();
-        self.tasks.spawn(async move { stop.run_until_cancelled(relaying).await });
-        Ok(stream)
+        self.begin(attached, permit, request, None).await
     }
 
     async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
@@ -302,9 +371,7 @@ impl ModelRuntime for RemoteRuntime {
             }
         };
         let counted = self.ask(&attached, "/tokenize", &body).await?;
-        let count = counted["count"].as_u64().or_else(|| Some(counted["tokens"].as_array()?.len() as u64));
-        let count = count.and_then(|count| u32::try_from(count).ok());
-        count.ok_or_else(|| EngineError::Failed { reason: "the server did not count the tokens".into() })
+        read_count(&counted).ok_or_else(|| EngineError::Failed { reason: "the server did not count the tokens".into() })
     }
 
     fn load_state(&self) -> Vec<LoadSnapshot> {
@@ -339,6 +406,25 @@ fn forget(models: &Models, id: ModelId) -> Option<Arc<Attached>> {
 
 fn failed(error: &HttpError) -> EngineError {
     EngineError::Failed { reason: error.to_string() }
+}
+
+/// Parses the response to `POST /tokenize`.
+fn read_count(counted: &Value) -> Option<u32> {
+    let count = counted["count"].as_u64().or_else(|| Some(counted["tokens"].as_array()?.len() as u64));
+    u32::try_from(count?).ok()
+}
+
+/// Returns the end of an answer whose limit is reached by what was delivered. No server reads its prompt again.
+async fn complete(tokens: u32) -> GenerateStream {
+    let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
+    let usage = TokenUsage { completion_tokens: tokens, ..TokenUsage::default() };
+    let started = Event::Started { prompt_tokens: 0, cached_tokens: 0 };
+    let done = Event::Done { reason: FinishReason::Length, usage, rest: Piece::default() };
+    for event in [started, done] {
+        // There is room for both.
+        let _ = sink.events.send(Ok(event)).await;
+    }
+    stream
 }
 
 /// Returns an estimate of a prompt's length at four bytes per token, which is used until its server reports the

@@ -141,6 +141,7 @@ mod tests {
             abilities,
             placement,
             sandbox: None,
+            server: None,
         }
     }
 

@@ -60,6 +60,14 @@ impl From<EmbedInput> for PromptInput {
     }
 }
 
+/// The text of an answer that an earlier attempt already sent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContinuedText {
+    pub text: String,
+    /// An estimate of its tokens, for servers that do not count them.
+    pub tokens: u32,
+}
+
 /// One generation. Unlike an [`Input`](inference::Input), it has one prompt and one answer, the ids of a loaded model
 /// and adapter, and a value for each setting.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -105,6 +113,10 @@ pub struct GenerateRequest {
     /// `max_tokens`, but are not sent again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub continued: Vec<u32>,
+    /// The text of the answer that an earlier attempt already sent, if its tokens are not known. Only servers continue
+    /// it, see [`crate::RemoteRuntime`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continued_text: Option<ContinuedText>,
     /// Evaluates this sequence in batches of its own, so that the same engine build gives bit-identical logits
     /// whatever else runs.
     #[serde(default)]
@@ -129,6 +141,7 @@ impl GenerateRequest {
             format: OutputFormat::Text,
             prediction: None,
             continued: Vec::new(),
+            continued_text: None,
             deterministic: false,
         }
     }

@@ -5,17 +5,30 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::model_runtime::{EngineError, Event, FinishReason, Piece, TokenLogprob, TokenUsage, ToolCallDelta};
+use super::continuation::Delivered;
+use crate::model_runtime::{
+    EngineError, Event, FinishReason, Piece, Progress, TokenLogprob, TokenUsage, ToolCallDelta,
+};
 
 /// The data that servers send after the last chunk.
 const DONE: &[u8] = b"[DONE]";
+/// The most bytes of function calls in one answer.
+const CALL_BYTES_MAX: usize = 4 << 20;
 
 /// Parses the chunks of one answer, in order.
+///
+/// Function calls come with the end of the answer. So an answer that breaks off within a call has delivered only text,
+/// and another server continues after it.
 #[derive(Debug)]
 pub struct AnswerReader {
     has_started: bool,
     is_done: bool,
-    has_calls: bool,
+    calls: Vec<ToolCallDelta>,
+    call_bytes: usize,
+    /// The number of chunks with a part of a call.
+    call_chunks: u32,
+    /// What the caller already has of the answer, if another server began it.
+    delivered: Option<Delivered>,
     reason: Option<FinishReason>,
     reported: Option<TokenUsage>,
     /// The usage to report if the server reports none.
@@ -29,10 +42,32 @@ impl AnswerReader {
         Self {
             has_started: false,
             is_done: false,
-            has_calls: false,
+            calls: Vec::new(),
+            call_bytes: 0,
+            call_chunks: 0,
+            delivered: None,
             reason: None,
             reported: None,
             guess: TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 },
+        }
+    }
+
+    /// Begins the rest of an answer. `delivered` is part of its prompt, and counts as part of the answer.
+    #[must_use]
+    pub fn after(self, delivered: Delivered) -> Self {
+        Self { delivered: Some(delivered), ..self }
+    }
+
+    /// Returns the usage of the whole answer.
+    fn usage(&self) -> TokenUsage {
+        let usage = self.reported.unwrap_or(self.guess);
+        let delivered = self.delivered.as_ref().map_or(0, |delivered| delivered.tokens);
+        let prompt_tokens = usage.prompt_tokens.saturating_sub(delivered);
+        TokenUsage {
+            prompt_tokens,
+            completion_tokens: usage.completion_tokens.saturating_add(delivered),
+            cached_tokens: usage.cached_tokens.min(prompt_tokens),
+            ..usage
         }
     }
 
@@ -55,7 +90,7 @@ impl AnswerReader {
             self.guess = TokenUsage { prompt_tokens: progress.total, cached_tokens: progress.cache, ..self.guess };
         }
         if !std::mem::replace(&mut self.has_started, true) {
-            let TokenUsage { prompt_tokens, cached_tokens, .. } = self.reported.unwrap_or(self.guess);
+            let TokenUsage { prompt_tokens, cached_tokens, .. } = self.usage();
             events.push(Event::Started { prompt_tokens, cached_tokens });
         }
         for choice in chunk.choices.unwrap_or_default() {
@@ -71,12 +106,13 @@ impl AnswerReader {
         }
         let reason = self.reason.ok_or_else(|| failed("the answer broke off"))?;
         if !std::mem::replace(&mut self.has_started, true) {
-            let TokenUsage { prompt_tokens, cached_tokens, .. } = self.reported.unwrap_or(self.guess);
+            let TokenUsage { prompt_tokens, cached_tokens, .. } = self.usage();
             events.push(Event::Started { prompt_tokens, cached_tokens });
         }
-        let reason = if self.has_calls && reason == FinishReason::Stop { FinishReason::ToolCalls } else { reason };
-        let usage = self.reported.unwrap_or(self.guess);
-        events.push(Event::Done { reason, usage, rest: Piece::default() });
+        let tool_calls = std::mem::take(&mut self.calls);
+        let has_called = !tool_calls.is_empty() && reason == FinishReason::Stop;
+        let reason = if has_called { FinishReason::ToolCalls } else { reason };
+        events.push(Event::Done { reason, usage: self.usage(), rest: Piece { tool_calls, ..Piece::default() } });
         Ok(())
     }
 
@@ -93,17 +129,27 @@ impl AnswerReader {
     fn take(&mut self, choice: Choice, events: &mut Vec<Event>) -> Result<(), EngineError> {
         let Choice { delta, text, logprobs, finish_reason } = choice;
         let Delta { content, reasoning_content, reasoning, tool_calls } = delta.unwrap_or_default();
-        let calls = tool_calls.unwrap_or_default().into_iter().map(ToolCallDelta::from);
-        let piece = Piece {
+        let mut piece = Piece {
             text: content.or(text).unwrap_or_default(),
             reasoning: reasoning_content.or(reasoning).unwrap_or_default(),
-            tool_calls: calls.collect(),
-            tokens: Vec::new(),
             logprobs: logprobs.map(Logprobs::into_list).unwrap_or_default(),
+            ..Piece::default()
         };
-        self.has_calls |= !piece.tool_calls.is_empty();
-        if !piece.is_empty() {
+        let calls = tool_calls.unwrap_or_default();
+        if !piece.is_empty() || !calls.is_empty() {
             self.guess.completion_tokens = self.guess.completion_tokens.saturating_add(1);
+        }
+        if let Some(delivered) = &mut self.delivered {
+            if !piece.reasoning.is_empty() {
+                return Err(failed("the server took the rest of an answer for reasoning"));
+            }
+            delivered.cut(&mut piece.text);
+        }
+        if !calls.is_empty() {
+            self.hold_back(calls)?;
+            events.push(Event::Progress(self.progress()));
+        }
+        if !piece.is_empty() {
             events.push(Event::Piece(piece));
         }
         match finish_reason.as_deref() {
@@ -114,6 +160,27 @@ impl AnswerReader {
             Some(_) => return Err(failed("the server gave the answer up")),
         }
         Ok(())
+    }
+
+    /// Keeps parts of calls until the end of the answer.
+    fn hold_back(&mut self, parts: Vec<CallDelta>) -> Result<(), EngineError> {
+        self.call_chunks = self.call_chunks.saturating_add(1);
+        for part in parts.into_iter().map(ToolCallDelta::from) {
+            let name_bytes = part.name.as_ref().map_or(0, String::len) + part.id.as_ref().map_or(0, String::len);
+            self.call_bytes += part.arguments.len() + name_bytes + size_of::<ToolCallDelta>();
+            let is_further = |call: &&mut ToolCallDelta| call.index == part.index && part.name.is_none();
+            match self.calls.last_mut().filter(is_further) {
+                Some(call) if part.id.is_none() => call.arguments.push_str(&part.arguments),
+                _ => self.calls.push(part),
+            }
+        }
+        if self.call_bytes > CALL_BYTES_MAX { Err(failed("the calls are too long")) } else { Ok(()) }
+    }
+
+    /// Returns a sign of life while calls are held back: each part counts as a token that was read.
+    fn progress(&self) -> Progress {
+        let tokens = self.usage().prompt_tokens.saturating_add(self.call_chunks);
+        Progress { tokens_read: tokens, tokens_total: tokens }
     }
 }
 
@@ -133,7 +200,7 @@ struct Chunk {
     choices: Option<Vec<Choice>>,
     usage: Option<UsageJson>,
     error: Option<Value>,
-    prompt_progress: Option<Progress>,
+    prompt_progress: Option<PromptProgress>,
 }
 
 #[derive(Deserialize)]
@@ -175,7 +242,7 @@ impl From<CallDelta> for ToolCallDelta {
 
 /// The prefill progress that llama-server reports.
 #[derive(Deserialize)]
-struct Progress {
+struct PromptProgress {
     total: u32,
     #[serde(default)]
     cache: u32,
@@ -329,16 +396,76 @@ mod tests {
         .expect("read");
         let mut whole = Piece::default();
         for event in &events {
-            if let Event::Piece(piece) = event {
+            if let Event::Piece(piece) | Event::Done { rest: piece, .. } = event {
                 whole.append(piece.clone());
             }
         }
         assert_eq!((whole.text.as_str(), whole.reasoning.as_str()), ("", "hmso"));
-        let name =
-            ToolCallDelta { index: 0, id: Some("c1".into()), name: Some("add".into()), arguments: String::new() };
-        let arguments = ToolCallDelta { arguments: "{}".into(), ..ToolCallDelta::default() };
-        assert_eq!(whole.tool_calls, [name, arguments]);
+        let call = ToolCallDelta { index: 0, id: Some("c1".into()), name: Some("add".into()), arguments: "{}".into() };
+        assert_eq!(whole.tool_calls, [call]);
         assert!(matches!(events.last(), Some(Event::Done { reason: FinishReason::ToolCalls, .. })));
+    }
+
+    #[test]
+    fn calls_come_whole_and_with_the_end() {
+        let part = |index: u32, rest: &str| {
+            format!(r#"{{"choices":[{{"delta":{{"tool_calls":[{{"index":{index},"function":{{{rest}}}}}]}}}}]}}"#)
+        };
+        let mut reader = AnswerReader::new(9);
+        let mut events = Vec::new();
+        for chunk in [
+            r#"{"choices":[{"delta":{"content":"Let me see. "}}]}"#.to_owned(),
+            part(0, r#""name":"add","arguments":"{\"a\":""#),
+            part(0, r#""arguments":"1}""#),
+            part(1, r#""name":"sub""#),
+            part(1, r#""arguments":"{}""#),
+        ] {
+            reader.read(chunk.as_bytes(), &mut events).expect("read");
+        }
+        let pieces = events.iter().filter(|event| matches!(event, Event::Piece(_)));
+        assert_eq!(pieces.collect::<Vec<_>>(), [&text("Let me see. ")]);
+        let progress = |tokens| Event::Progress(Progress { tokens_read: tokens, tokens_total: tokens });
+        assert_eq!(events[2..], [progress(10), progress(11), progress(12), progress(13)]);
+        reader.read(br#"{"choices":[{"delta":{},"finish_reason":"tool_calls"}]}"#, &mut events).expect("read");
+        reader.end(&mut events).expect("it ends");
+        let Some(Event::Done { rest, .. }) = events.pop() else { panic!("an end") };
+        let calls: Vec<_> = rest.tool_calls.iter().map(|call| (call.index, call.arguments.as_str())).collect();
+        assert_eq!(calls, [(0, r#"{"a":1}"#), (1, "{}")]);
+    }
+
+    #[test]
+    fn calls_without_end_are_refused() {
+        let chunk = format!(
+            r#"{{"choices":[{{"delta":{{"tool_calls":[{{"function":{{"arguments":"{}"}}}}]}}}}]}}"#,
+            "x".repeat(1 << 19)
+        );
+        let mut reader = AnswerReader::new(9);
+        let read = (0..9).map(|_| reader.read(chunk.as_bytes(), &mut Vec::new()));
+        assert!(read.collect::<Result<Vec<_>, _>>().is_err());
+    }
+
+    #[test]
+    fn the_rest_of_an_answer_counts_what_was_delivered_as_answer() {
+        let mut reader = AnswerReader::new(9).after(Delivered::new("To be ", 4));
+        let mut events = Vec::new();
+        for chunk in [
+            r#"{"choices":[{"delta":{"content":" or"}}],"usage":{"prompt_tokens":12,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":11}}}"#,
+            r#"{"choices":[{"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":12,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":11}}}"#,
+            "[DONE]",
+        ] {
+            reader.read(chunk.as_bytes(), &mut events).expect("read");
+        }
+        let usage = TokenUsage { prompt_tokens: 8, completion_tokens: 6, cached_tokens: 8, reasoning_tokens: 0 };
+        let started = Event::Started { prompt_tokens: 8, cached_tokens: 8 };
+        let done = Event::Done { reason: FinishReason::Stop, usage, rest: Piece::default() };
+        assert_eq!(events, [started, text("or"), done]);
+    }
+
+    #[test]
+    fn a_rest_that_is_taken_for_reasoning_is_none() {
+        let mut reader = AnswerReader::new(9).after(Delivered::new("To be", 4));
+        let read = reader.read(br#"{"choices":[{"delta":{"reasoning":"hm"}}]}"#, &mut Vec::new());
+        assert!(matches!(read, Err(EngineError::Failed { .. })), "{read:?}");
     }
 
     #[test]

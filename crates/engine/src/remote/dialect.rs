@@ -4,18 +4,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::model_facts::ModelFacts;
-
-/// The software of a server. All of them speak OpenAI's API, each with extensions of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dialect {
-    Vllm,
-    Sglang,
-    LlamaServer,
-    Ollama,
-    LmStudio,
-    /// Any other software. Only features of OpenAI's API are used.
-    Other,
-}
+pub use crate::model_runtime::Dialect;
 
 /// A model as listed by a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,20 +32,6 @@ pub enum Kind {
 impl Listed {
     fn named(name: String) -> Self {
         Self { name, context_length: None, kind: Kind::Unknown, is_loaded: true, facts: None }
-    }
-}
-
-impl Dialect {
-    /// Returns the name of the software.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Vllm => "vLLM",
-            Self::Sglang => "SGLang",
-            Self::LlamaServer => "llama-server",
-            Self::Ollama => "Ollama",
-            Self::LmStudio => "LM Studio",
-            Self::Other => "a server of OpenAI's API",
-        }
     }
 }
 
@@ -106,6 +81,20 @@ pub fn read_props(body: &[u8]) -> Option<u32> {
     let context = serde_json::from_slice::<Props>(body).ok()?.default_generation_settings.n_ctx;
     // A server that starts other servers for its models has no context of its own.
     (context > 0).then_some(context)
+}
+
+/// A conversation whose last message shows whether llama-server continues it.
+pub const BEGUN_WORD: &str = "Certainly";
+
+/// Returns whether llama-server continues the last message of a conversation, from its response to
+/// `POST /apply-template`: then the prompt ends with [`BEGUN_WORD`]. Versions before April 2025, those started with
+/// `--no-prefill-assistant` and models that must reason first do not.
+pub fn read_template(body: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Templated {
+        prompt: String,
+    }
+    serde_json::from_slice::<Templated>(body).is_ok_and(|templated| templated.prompt.ends_with(BEGUN_WORD))
 }
 
 /// Parses the response to Ollama's `GET /api/tags`.

@@ -8,8 +8,8 @@ use serde_json::json;
 use tether_engine::remote::dialect::{Dialect, Kind};
 use tether_engine::remote::{RemoteRuntime, ServerAddress, Timeouts};
 use tether_engine::{
-    EmbedRequest, EngineError, Event, FinishReason, GenerateRequest, LoadOptions, LoadedModel, Message, ModelId,
-    ModelRuntime, Piece, PromptInput, Role, TokenUsage,
+    ContinuedText, EmbedRequest, EngineError, Event, FinishReason, GenerateRequest, LoadOptions, LoadedModel, Message,
+    ModelId, ModelRuntime, Piece, PromptInput, Role, ServerFacts, TokenUsage,
 };
 use tokio::time::timeout;
 
@@ -191,6 +191,65 @@ async fn tokens_are_counted_where_the_server_can() {
     let chat = PromptInput::Chat(vec![Message::new(Role::User, "hi")].into());
     assert_eq!(runtime.count_tokens(id, &chat).await, Ok(7));
     assert_eq!(runtime.count_tokens(id, &PromptInput::Tokens(vec![1, 2])).await, Ok(2));
+}
+
+/// The question, of whose answer the caller has a text of seven tokens.
+fn rest(model: ModelId, max_tokens: u32) -> GenerateRequest {
+    let continued_text = Some(ContinuedText { text: "The capital is ".into(), tokens: 99 });
+    GenerateRequest { continued_text, max_tokens: Some(max_tokens), ..question(model) }
+}
+
+#[tokio::test]
+async fn an_answer_that_another_server_began_goes_on_as_its_last_message() {
+    let answer = concat!(
+        "data: {\"choices\":[{\"delta\":{\"content\":\" Tokyo\"},\"finish_reason\":\"stop\"}],",
+        "\"usage\":{\"prompt_tokens\":21,\"completion_tokens\":2}}\n\ndata: [DONE]\n\n"
+    );
+    let (server, runtime, id) = attached_vllm(Reply::Events(answer.into())).await;
+    let events = events_of(&runtime, rest(id, 9)).await;
+    let usage = TokenUsage { prompt_tokens: 14, completion_tokens: 9, cached_tokens: 0, reasoning_tokens: 0 };
+    let piece = Piece { text: "Tokyo".into(), ..Piece::default() };
+    let expected = [
+        Ok(Event::Started { prompt_tokens: 14, cached_tokens: 0 }),
+        Ok(Event::Piece(piece)),
+        Ok(Event::Done { reason: FinishReason::Stop, usage, rest: Piece::default() }),
+    ];
+    assert_eq!(events, expected);
+    let asked = server.request("/v1/chat/completions").expect("it was asked");
+    assert_eq!(asked["messages"][1], json!({"role": "assistant", "content": "The capital is"}));
+    assert_eq!(asked["max_tokens"], json!(2), "seven of nine tokens were delivered");
+    assert_eq!((&asked["continue_final_message"], &asked["add_generation_prompt"]), (&json!(true), &json!(false)));
+    let counted = server.request("/tokenize").expect("it counts");
+    assert_eq!((&counted["prompt"], &counted["add_special_tokens"]), (&json!("The capital is "), &json!(false)));
+}
+
+#[tokio::test]
+async fn an_answer_that_lacks_only_its_end_asks_no_server() {
+    let (server, runtime, id) = attached_vllm(Reply::Silence).await;
+    let events = events_of(&runtime, rest(id, 7)).await;
+    let usage = TokenUsage { completion_tokens: 7, ..TokenUsage::default() };
+    let done = Event::Done { reason: FinishReason::Length, usage, rest: Piece::default() };
+    assert_eq!(events.last(), Some(&Ok(done)));
+    assert_eq!((server.request("/v1/chat/completions"), runtime.load_state()[0].running), (None, 0));
+}
+
+#[tokio::test]
+async fn llama_server_shows_by_its_template_whether_it_continues_messages() {
+    let models = r#"{"object":"list","data":[{"id":"m","owned_by":"llamacpp"}]}"#;
+    for (templated, expected) in [
+        (Reply::Json(200, r#"{"prompt":"<user>Is it?<assistant>Certainly"}"#.into()), true),
+        (Reply::Json(200, r#"{"prompt":"<user>Is it?<assistant>Certainly<end><assistant>"}"#.into()), false),
+        (Reply::Json(400, r#"{"error":{"message":"incompatible with enable_thinking"}}"#.into()), false),
+    ] {
+        let server = FakeServer::start(move |path, _| match path {
+            "/v1/models" => Reply::Json(200, models.into()),
+            "/apply-template" => templated.clone(),
+            _ => Reply::Json(404, "{}".into()),
+        })
+        .await;
+        let loaded = attach(&RemoteRuntime::default(), &server, "m").await;
+        assert_eq!(loaded.server, Some(ServerFacts { dialect: Dialect::LlamaServer, prefills: expected }));
+    }
 }
 
 #[tokio::test]

@@ -55,6 +55,7 @@ impl ModelRuntime for Numbers {
             abilities,
             placement: DevicePlacement::default(),
             sandbox: None,
+            server: None,
         })
     }
 
