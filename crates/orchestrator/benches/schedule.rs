@@ -20,8 +20,14 @@ fn main() {
         let fleet = fleet_of(size, &model);
         let now = tokio::time::Instant::now();
         let weights = Weights::default();
-        let wanted =
-            Wanted { model: &model, digest: None, adapter: None, prefix: &prompt, short_context: 0, continues: false };
+        let wanted = Wanted {
+            model: &model,
+            digest: None,
+            adapter: None,
+            prefix: &prompt,
+            short_context: 0,
+            continuation: None,
+        };
         let mut times: Vec<f64> = (0..2000)
             .map(|_| {
                 let began = Instant::now();

@@ -24,7 +24,7 @@ const VECTOR_BYTES_MAX: u64 = 512 * 1024;
 /// Bytes of everything else, such as progress.
 const OTHER_BYTES_MAX: u64 = 1 << 20;
 /// Bytes of text for which a chunk without token ids counts as one token.
-const BYTES_PER_TOKEN: usize = 4;
+pub(crate) const BYTES_PER_TOKEN: usize = 4;
 
 /// The most that an answer to a request may contain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -355,9 +355,9 @@ struct CallHead<'a> {
 
 impl PayloadHead<'_> {
     fn entry(&self) -> Entry<'_> {
-        let Self { text, reasoning, tool_calls, logprobs, .. } = self;
-        let has_output = !(text.is_empty() && reasoning.is_empty() && tool_calls.is_empty() && logprobs.is_empty());
-        Entry { index: self.index, tokens: &self.tokens, has_output, finish_reason: self.finish_reason }
+        let Self { index, tokens, text, reasoning, tool_calls, logprobs, finish_reason, .. } = self;
+        let has_other = !(reasoning.is_empty() && tool_calls.is_empty() && logprobs.is_empty());
+        Entry { index: *index, tokens, text, has_other, finish_reason: *finish_reason }
     }
 
     fn content(&self) -> Content {

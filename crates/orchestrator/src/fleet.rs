@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use protocol::control::FleetWorker;
-use protocol::health::{CachedModel, EXPIRY, HealthReport, LoadProgress, ModelState};
+use protocol::health::{CachedModel, EXPIRY, HealthReport, LoadProgress, ModelServer, ModelState};
 use protocol::model::ModelKey;
 use protocol::prefix::PrefixChain;
 use protocol::{AdapterName, Digest, Region, WorkerId};
@@ -75,8 +75,18 @@ pub struct Wanted<'a> {
     pub prefix: &'a PrefixChain,
     /// The longest context known to be too short for the job, in tokens; 0 if unknown.
     pub short_context: u32,
-    /// Whether the worker must continue an answer that another began.
-    pub continues: bool,
+    /// The answer that the worker must continue, if another began it.
+    pub continuation: Option<Continuation>,
+}
+
+/// The kind of answer that a worker must continue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Continuation {
+    /// Its tokens are known: it is of an engine.
+    Tokens,
+    /// Only its text is known: a server of this kind began it. An engine does not continue it, because its template
+    /// and its build of the model may differ.
+    Text(ModelServer),
 }
 
 pub struct Fleet {
@@ -157,6 +167,7 @@ impl Fleet {
                 loading: cached.as_ref().filter(|cached| cached.state == ModelState::Loading).map(load_progress),
                 to_fetch: report.to_fetch.contains(model),
                 failed: cached.as_ref().is_some_and(|cached| cached.state == ModelState::Error),
+                server: cached.as_ref().and_then(|cached| cached.server),
                 is_adopted: cached.as_ref().is_some_and(|cached| !cached.attested),
                 context_length: cached.as_ref().map_or(0, |cached| cached.context_length),
                 digest: cached.as_ref().map(|cached| cached.digest),
@@ -286,6 +297,13 @@ impl Fleet {
         let state = self.read();
         let sources: Vec<Source<'_>> = wanted.iter().map(|wanted| state.source(*wanted, now)).collect();
         decide(CandidateIter { workers: &state.workers, sources: &sources, build: 0, replicas: [].iter(), now }.begin())
+    }
+
+    /// Returns the server that runs a model for a worker, if the worker reported one.
+    pub fn server(&self, worker_id: WorkerId, model: &ModelKey) -> Option<ModelServer> {
+        let state = self.read();
+        let worker = state.by_id.get(&worker_id).and_then(|index| state.workers[*index].as_ref())?;
+        worker.report.model_cache.iter().find(|cached| cached.key == *model)?.server
     }
 
     /// Returns the context length that a worker reported for a model in its memory, or 0 if unknown.
@@ -474,6 +492,18 @@ struct Source<'a> {
     wanted: Wanted<'a>,
 }
 
+impl Continuation {
+    /// `continues_tokens` is what the worker reports of its engine.
+    fn is_possible(self, replica: &Replica, continues_tokens: bool) -> bool {
+        match self {
+            Self::Tokens => continues_tokens && !replica.is_adopted && replica.server.is_none(),
+            Self::Text(begun) => {
+                replica.server.is_some_and(|server| server.kind == begun.kind && (server.prefills || !begun.prefills))
+            }
+        }
+    }
+}
+
 /// Iterates over the workers that support one of a job's models, model by model.
 #[derive(Clone)]
 pub struct CandidateIter<'a> {
@@ -513,7 +543,7 @@ impl<'a> CandidateIter<'a> {
                 Some(Refusal::Loading)
             } else if !wanted.is_adapter_served(worker) {
                 Some(Refusal::NoAdapter)
-            } else if wanted.continues && (replica.is_adopted || !worker.report.continues) {
+            } else if wanted.continuation.is_some_and(|begun| !begun.is_possible(replica, worker.report.continues)) {
                 Some(Refusal::CannotContinue)
             } else if wanted.is_too_long_for(replica) {
                 Some(Refusal::ShortContext)

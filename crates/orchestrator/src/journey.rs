@@ -14,7 +14,7 @@ use crate::bounds::Meter;
 use crate::circuit_breaker::{Admission, Outcome};
 use crate::dead_letters;
 use crate::dispatch::{AttemptEnd, Fault};
-use crate::fleet::Wanted;
+use crate::fleet::{Continuation, Wanted};
 use crate::job::{JobEvent, JobState};
 use crate::journal::Journal;
 use crate::reservation_manager::Reservation;
@@ -281,9 +281,15 @@ impl Journey {
             adapter,
             prefix,
             short_context: *short_context,
-            continues: self.request.delivered.is_some(),
+            continuation: self.continuation(),
         });
         wanted.collect()
+    }
+
+    /// Returns what a worker must be able to continue.
+    fn continuation(&self) -> Option<Continuation> {
+        self.request.delivered.as_ref()?;
+        Some(self.journal.text_server().map_or(Continuation::Tokens, Continuation::Text))
     }
 
     /// Selects the model of the next attempt, by its index.

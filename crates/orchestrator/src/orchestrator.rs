@@ -285,6 +285,7 @@ impl Orchestrator {
         );
         let (worker_id, stop) = (reservation.worker_id, reservation.stop.clone());
         let context_length = self.fleet.context_length(worker_id, journey.model());
+        journey.journal.begin(self.fleet.server(worker_id, journey.model()));
         journey.is_dispatched = true;
         let timeouts = dispatch::Timeouts {
             options,

@@ -69,7 +69,7 @@ pub struct HealthReport {
     /// The worker finishes its jobs and takes no new ones. If no jobs are running or waiting, this is its last report.
     #[serde(default)]
     pub draining: bool,
-    /// The worker continues answers that another worker began, except those of adopted servers.
+    /// The worker continues answers of its own engine that another worker began.
     #[serde(default)]
     pub continues: bool,
     /// Number that increases with each start of the worker.
@@ -179,6 +179,40 @@ pub struct CachedModel {
     /// Devices that compute the model, once it is loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub placement: Option<DevicePlacement>,
+    /// The server that runs the model, if it does not run in the worker's own engine. The worker continues answers that
+    /// another server of this kind began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<ModelServer>,
+}
+
+/// A server that runs a model for a worker. It lists no tokens, so it continues an answer after its text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelServer {
+    /// Its software.
+    pub kind: ServerKind,
+    /// Whether it continues the last message of a conversation. Every server continues a text prompt.
+    #[serde(default)]
+    pub prefills: bool,
+}
+
+/// The software of a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ServerKind {
+    /// vLLM.
+    Vllm,
+    /// SGLang.
+    Sglang,
+    /// llama.cpp's own server.
+    LlamaServer,
+    /// Ollama.
+    Ollama,
+    /// LM Studio.
+    LmStudio,
+    /// Any other software.
+    #[serde(other)]
+    Other,
 }
 
 /// Devices that compute a loaded model, and its context length.
@@ -229,6 +263,7 @@ impl CachedModel {
             reason: None,
             prefixes,
             placement: None,
+            server: None,
         }
     }
 }

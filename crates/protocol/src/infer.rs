@@ -131,9 +131,22 @@ pub struct DeliveredAnswer {
     pub index: u32,
     /// Ids of its tokens, in order. They determine its text.
     pub tokens: Vec<u32>,
+    /// Its text, if a server wrote it that lists no tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<DeliveredText>,
     /// Why the answer ended, if it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finish_reason: Option<FinishReason>,
+}
+
+/// The text of an answer that a caller already has. It has neither reasoning nor calls.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DeliveredText {
+    /// The text.
+    pub text: String,
+    /// Number of its tokens, estimated from its length.
+    pub tokens: u32,
 }
 
 /// A model and the digest of its file.

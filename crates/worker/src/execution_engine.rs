@@ -174,8 +174,12 @@ impl ExecutionEngine {
         adapter: Option<AdapterId>,
         request: &InferRequest,
     ) -> Result<Choices, EngineError> {
+        let plan = Plan::of(request);
+        if plan.has_text() && loaded.server.is_none() {
+            return Err(unsupported("delivered", "an engine continues tokens, and not the text of a server"));
+        }
         let generate = GenerateRequest { adapter, ..generate_request(loaded.id, request) };
-        Choices::begin(self.runtime.clone(), generate, prompts(&request.input), Plan::of(request), loaded.slots).await
+        Choices::begin(self.runtime.clone(), generate, prompts(&request.input), plan, loaded.slots).await
     }
 
     async fn embed(

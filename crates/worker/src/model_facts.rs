@@ -1,7 +1,8 @@
 //! Facts about a model from its file, as the protocol has them.
 
-use engine::LoadOptions;
 use engine::gguf::Header;
+use engine::{Dialect, LoadOptions, ServerFacts};
+use protocol::health::{ModelServer, ServerKind};
 use protocol::model::{Capability, ModelFacts};
 
 /// Returns the facts in a header, with the default load settings.
@@ -29,4 +30,17 @@ pub(crate) fn to_protocol(facts: engine::ModelFacts) -> ModelFacts {
         memory_bytes: facts.memory_bytes,
     };
     facts.bounded()
+}
+
+/// Converts the facts of a server to the protocol's type.
+pub(crate) fn server_to_protocol(server: ServerFacts) -> ModelServer {
+    let kind = match server.dialect {
+        Dialect::Vllm => ServerKind::Vllm,
+        Dialect::Sglang => ServerKind::Sglang,
+        Dialect::LlamaServer => ServerKind::LlamaServer,
+        Dialect::Ollama => ServerKind::Ollama,
+        Dialect::LmStudio => ServerKind::LmStudio,
+        Dialect::Other => ServerKind::Other,
+    };
+    ModelServer { kind, prefills: server.prefills }
 }

@@ -122,7 +122,7 @@ impl Scene {
             adapter: None,
             prefix: &PrefixChain::NONE,
             short_context: 0,
-            continues: false,
+            continuation: None,
         };
         self.fleet.with_candidates(&[wanted], Instant::now(), |found| found.map(|found| found.barred).collect())
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use protocol::health::{LoadProgress, PREFIXES_MAX};
+use protocol::health::{LoadProgress, ModelServer, PREFIXES_MAX};
 use protocol::prefix::PrefixChain;
 use protocol::{Digest, PrefixDigest};
 
@@ -26,6 +26,8 @@ pub(super) struct Replica {
     pub(super) failed: bool,
     /// An adopted server runs the model.
     pub(super) is_adopted: bool,
+    /// The server that runs the model, adopted or not.
+    pub(super) server: Option<ModelServer>,
     pub(super) loading: Option<LoadProgress>,
     /// Context length in tokens; 0 if unknown.
     pub(super) context_length: u32,

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use metadata_store::{DurableState, TerminalState};
-use protocol::infer::{Delivered, DeliveredAnswer, InferChunk, InferRequest, SUBMIT};
+use protocol::health::{HealthReport, ModelServer, ServerKind};
+use protocol::infer::{Delivered, DeliveredAnswer, DeliveredText, InferChunk, InferRequest, OutputFormat, SUBMIT};
 use protocol::{ErrorCode, WireError, codec};
 use rpc::{ResponseStream, StreamOptions};
 use tether_orchestrator::Config;
@@ -185,7 +186,7 @@ async fn a_caller_that_leaves_while_its_answer_waits_pays_for_what_it_read() {
 async fn only_the_orchestrator_knows_what_was_delivered() {
     let stand = stand(Config::default()).await;
     let worker = stand.worker(1, Manner::Answer(3)).await;
-    let answers = vec![DeliveredAnswer { index: 0, tokens: vec![7, 8], finish_reason: None }];
+    let answers = vec![DeliveredAnswer { tokens: vec![7, 8], ..DeliveredAnswer::default() }];
     let forged = InferRequest { delivered: Some(Delivered { seq: 1000, answers }), ..stand.job() };
     let chunks = stand.answer(&forged).await.expect("answered");
     assert_eq!((chunks.len(), check(&chunks).payload.continued, worker.jobs_seen()), (4, 0, 1));
@@ -205,6 +206,65 @@ async fn whoever_cannot_continue_an_answer_is_not_asked_to() {
         until_asked(&stand, &dying, 2 * round).await;
         assert_eq!((chunks.len(), other.jobs_seen()), (2, 0));
     }
+}
+
+/// Makes a report that of a worker whose model runs on a server.
+fn on_server(kind: ServerKind) -> impl Fn(&mut HealthReport) {
+    move |report| {
+        let cached = &mut report.model_cache[0];
+        (cached.attested, cached.server) = (false, Some(ModelServer { kind, prefills: true }));
+    }
+}
+
+#[tokio::test]
+async fn a_server_of_the_same_kind_continues_the_text_of_another() {
+    let stand = stand(Config::default()).await;
+    let (dying, healthy) = stand.pair(Manner::DieUntold(3), Manner::Answer(8)).await;
+    for worker in [&dying, &healthy] {
+        worker.report(&stand, on_server(ServerKind::Vllm)).await.expect("believed");
+    }
+    let chunks = stand.answer(&stand.job()).await.expect("answered");
+    let last = check(&chunks);
+    assert_eq!((chunks.len(), last.attempt, last.payload.continued), (9, 2, 1));
+    let expected = DeliveredText { text: "0 1 2 ".into(), tokens: 2 };
+    let seen = healthy.delivered.lock().clone().expect("it continues");
+    assert_eq!((seen.seq, seen.answers[0].text.as_ref()), (3, Some(&expected)));
+}
+
+#[tokio::test]
+async fn the_text_of_a_server_goes_to_no_engine_and_to_no_other_software() {
+    let stand = stand(Config::default()).await;
+    let (dying, other) = stand.pair(Manner::DieUntold(2), Manner::Answer(5)).await;
+    dying.report(&stand, on_server(ServerKind::Vllm)).await.expect("believed");
+    for (round, is_engine) in (1..).zip([true, false]) {
+        if is_engine {
+            other.report(&stand, |_| {}).await.expect("believed");
+        } else {
+            other.report(&stand, on_server(ServerKind::LlamaServer)).await.expect("believed");
+        }
+        let (_answer, chunks) = begin(&stand, &stand.job(), 2).await;
+        while dying.jobs_seen() < 2 * round {
+            dying.report(&stand, on_server(ServerKind::Vllm)).await.expect("believed");
+            time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!((chunks.len(), other.jobs_seen()), (2, 0));
+    }
+}
+
+#[tokio::test]
+async fn a_constrained_answer_of_a_server_ends_with_an_error_at_once() {
+    let stand = stand(Config::default()).await;
+    let (dying, healthy) = stand.pair(Manner::DieUntold(3), Manner::Answer(8)).await;
+    for worker in [&dying, &healthy] {
+        worker.report(&stand, on_server(ServerKind::Vllm)).await.expect("believed");
+    }
+    let mut job = stand.job();
+    job.input.format = OutputFormat::Json;
+    let begun = Instant::now();
+    let (answer, chunks) = begin(&stand, &job, 3).await;
+    let error = rest(answer, chunks).await.expect_err("its format would begin anew");
+    assert_eq!((error.code, healthy.jobs_seen()), (ErrorCode::WorkerFailed, 0));
+    assert!(begun.elapsed() < Duration::from_secs(10), "nobody is waited for");
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use protocol::control::{
 };
 use protocol::error_code::ContextLength;
 use protocol::health::{self, CachedModel, Capacity, EXPIRY, HealthReport, ModelState};
-use protocol::infer::{FinishReason, InferChunk, InferRequest, Payload, Progress, START, SUBMIT};
+use protocol::infer::{Delivered, FinishReason, InferChunk, InferRequest, Payload, Progress, START, SUBMIT};
 use protocol::membership::{Certificate, RevocationList, RevocationStamp};
 use protocol::model::ModelKey;
 use protocol::policy::TenantPolicy;
@@ -96,6 +96,8 @@ pub(crate) struct Worker {
     pub(crate) manner: Arc<Mutex<Manner>>,
     pub(crate) seen: Arc<AtomicUsize>,
     pub(crate) cancelled: Arc<Notify>,
+    /// What its last job says of an earlier attempt.
+    pub(crate) delivered: Arc<Mutex<Option<Delivered>>>,
     seq: AtomicU64,
 }
 
@@ -245,19 +247,22 @@ impl Stand {
         let manner = Arc::new(Mutex::new(manner));
         let seen = Arc::new(AtomicUsize::new(0));
         let cancelled = Arc::new(Notify::new());
+        let delivered = Arc::new(Mutex::new(None));
         let server = Server::new(transport.clone(), info(NodeRole::Worker)).membership(membership.clone());
         let server = server.stream(START, {
             let (manner, seen, cancelled, store) =
                 (manner.clone(), seen.clone(), cancelled.clone(), self.store.clone());
+            let delivered = delivered.clone();
             move |call| {
                 seen.fetch_add(1, Ordering::SeqCst);
+                *delivered.lock() = codec::decode::<InferRequest>(&call.body).expect("a job").delivered;
                 let manner = manner.lock().clone();
                 serve(call, manner, cancelled.clone(), store.clone())
             }
         });
         self.tasks.spawn(server.run(CancellationToken::new(), Duration::ZERO));
         let client = Client::new(transport).with_membership(membership);
-        Worker { key, client, manner, seen, cancelled, seq: AtomicU64::new(0) }
+        Worker { key, client, manner, seen, cancelled, delivered, seq: AtomicU64::new(0) }
     }
 
     /// Adds two workers. Equal scores go to the lowest id, so the first of them is asked first.

@@ -157,6 +157,7 @@ fn of_index(request: &GenerateRequest, prompts: &[PromptInput], plan: &Plan, ind
     }
     request.sampling.seed = request.sampling.seed.wrapping_add(STEP.wrapping_mul(u64::from(plan.number_of(index))));
     request.continued = plan.delivered(index).to_vec();
+    request.continued_text = plan.text(index).cloned();
     request
 }
 

@@ -1,5 +1,6 @@
 //! Which answers of a job are to be generated, and from where. Pure.
 
+use engine::ContinuedText;
 use protocol::infer::{DeliveredAnswer, FinishReason, InferRequest};
 
 /// The answers of one job, by index: those to the first prompt, then those to the next.
@@ -13,6 +14,7 @@ pub(super) struct Plan {
 #[derive(Debug, Clone, Default)]
 struct Answer {
     delivered: Vec<u32>,
+    text: Option<ContinuedText>,
     ended: Option<FinishReason>,
 }
 
@@ -21,9 +23,10 @@ impl Plan {
     pub(super) fn of(request: &InferRequest) -> Self {
         let mut answers = vec![Answer::default(); request.input.answers() as usize];
         for known in request.delivered.iter().flat_map(|delivered| &delivered.answers) {
-            let DeliveredAnswer { index, tokens, finish_reason } = known;
+            let DeliveredAnswer { index, tokens, text, finish_reason } = known;
             if let Some(answer) = answers.get_mut(*index as usize) {
-                *answer = Answer { delivered: tokens.clone(), ended: *finish_reason };
+                let text = text.as_ref().map(|known| ContinuedText { text: known.text.clone(), tokens: known.tokens });
+                *answer = Answer { delivered: tokens.clone(), text, ended: *finish_reason };
             }
         }
         Self { each: request.input.answers_each(), answers }
@@ -46,6 +49,16 @@ impl Plan {
     /// Returns the tokens of an answer that the caller has.
     pub(super) fn delivered(&self, index: u32) -> &[u32] {
         self.answers.get(index as usize).map_or(&[], |answer| &answer.delivered)
+    }
+
+    /// Returns the text of an answer that the caller has, if its tokens are not known.
+    pub(super) fn text(&self, index: u32) -> Option<&ContinuedText> {
+        self.answers.get(index as usize)?.text.as_ref()
+    }
+
+    /// Returns whether an answer is to be continued after its text.
+    pub(super) fn has_text(&self) -> bool {
+        self.answers.iter().any(|answer| answer.text.is_some())
     }
 
     /// Returns the first answer at or after `index` that is not complete.
@@ -97,7 +110,7 @@ mod tests {
         let mut plan = Plan::new(2, 3);
         assert_eq!(plan.firsts().collect::<Vec<_>>(), [0, 3]);
         for index in [0, 1, 3, 4, 5] {
-            plan.answers[index] = Answer { delivered: vec![7, 8], ended: Some(FinishReason::Length) };
+            plan.answers[index] = Answer { delivered: vec![7, 8], text: None, ended: Some(FinishReason::Length) };
         }
         assert_eq!(plan.firsts().collect::<Vec<_>>(), [2]);
         assert_eq!((plan.next(0), plan.next(2), plan.next(3)), (Some(2), Some(2), None));

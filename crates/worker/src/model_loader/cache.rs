@@ -18,7 +18,7 @@ use super::adapters::Adapters;
 use super::residency::{Order, Residency, ResidencyFacts};
 use super::warm_prefixes::WarmPrefixes;
 use crate::config::{ServedModel, duration_of};
-use crate::device_report;
+use crate::{device_report, model_facts};
 
 /// The base time of any load, and how fast its bytes are read, before a first load was measured.
 const FIRST_LOAD: Duration = Duration::from_secs(1);
@@ -259,7 +259,7 @@ impl ModelCache {
     pub(crate) fn manifest(&self, snapshots: &[LoadSnapshot]) -> Vec<CachedModel> {
         let entries = self.entries();
         let cached = entries.iter().filter_map(|entry| {
-            let (mut loading, mut reason, mut context_length, mut placement) = (None, None, 0, None);
+            let (mut loading, mut reason, mut context_length, mut placement, mut server) = (None, None, 0, None, None);
             let (state, id) = match &*entry.status.borrow() {
                 Status::Absent => return None,
                 Status::Loading(load) => {
@@ -268,6 +268,7 @@ impl ModelCache {
                 }
                 Status::Ready(loaded) => {
                     context_length = loaded.context_length;
+                    server = loaded.server.map(model_facts::server_to_protocol);
                     placement = device_report::device_placement(loaded, &entry.model);
                     (ModelState::Ready, Some(loaded.id))
                 }
@@ -284,6 +285,7 @@ impl ModelCache {
                 loading,
                 reason,
                 placement,
+                server,
                 prefixes: id.map(|_| entry.warm_prefixes()).unwrap_or_default(),
                 // JSON cannot express a number that is not finite.
                 tokens_per_second: snapshot

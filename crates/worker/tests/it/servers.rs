@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use engine::MockOptions;
 use parking_lot::Mutex;
 use protocol::control::Empty;
-use protocol::health::{HealthReport, ModelState};
-use protocol::infer::{FinishReason, InferRequest, Input};
+use protocol::health::{HealthReport, ModelServer, ModelState, ServerKind};
+use protocol::infer::{Delivered, DeliveredAnswer, DeliveredText, FinishReason, InferRequest, Input};
 use protocol::model::{ModelOffer, OfferedSource};
 use protocol::usage::TokenUsage;
 use protocol::{Digest, ErrorCode, WireError};
@@ -27,6 +27,12 @@ const ANSWER: &str = concat!(
     "data: {\"choices\":[{\"index\":0,\"text\":\"once \"}]}\n\n",
     "data: {\"choices\":[{\"index\":0,\"text\":\"more\",\"finish_reason\":\"length\"}]}\n\n",
     "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n\ndata: [DONE]\n\n",
+);
+/// It breaks off.
+const BEGUN: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"once \"}]}\n\n";
+const REST: &str = concat!(
+    "data: {\"choices\":[{\"index\":0,\"text\":\" more\",\"finish_reason\":\"length\"}]}\n\n",
+    "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":5,\"completion_tokens\":1}}\n\ndata: [DONE]\n\n",
 );
 
 /// Serves as vLLM does, and returns the address.
@@ -57,6 +63,8 @@ async fn answer(mut stream: TcpStream) -> Option<String> {
         Some("/v1/models") => (200, MODELS),
         // It accepts, and then hangs.
         Some("/v1/completions") if request.contains("hang") => return std::future::pending().await,
+        Some("/v1/completions") if request.contains("\"break off once\"") => (200, REST),
+        Some("/v1/completions") if request.contains("break off") => (200, BEGUN),
         Some("/v1/completions") => (200, ANSWER),
         _ => (404, "{}"),
     };
@@ -110,6 +118,36 @@ async fn a_servers_model_is_offered_reported_unattested_and_answers() {
     let last = &chunks.last().expect("chunks").payload;
     let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 0, reasoning_tokens: 0 };
     assert_eq!((last.finish_reason, last.usage), (Some(FinishReason::Length), Some(usage)));
+}
+
+#[tokio::test]
+async fn an_answer_that_broke_off_on_a_server_goes_on_after_its_text() {
+    let (scene, _) = scene(Ok(Empty {})).await;
+    scene.handle.ready().await.expect("it is attached and listed");
+    let cached = report_with(&scene, ModelState::Ready).await.model_cache.remove(0);
+    assert_eq!(cached.server, Some(ModelServer { kind: ServerKind::Vllm, prefills: true }));
+    let first = InferRequest { input: Input { prompt: Some("break off ".into()), ..Input::default() }, ..request() };
+    let (chunks, error) = read(scene.open(&first).await.expect("accepted")).await;
+    assert!(matches!(error, Some(CallError::Remote(error)) if error.code == ErrorCode::WorkerFailed));
+    assert_eq!(text(&chunks), "once ");
+
+    let known = DeliveredText { text: "once ".into(), tokens: 2 };
+    let answers = vec![DeliveredAnswer { text: Some(known), ..DeliveredAnswer::default() }];
+    let delivered = Some(Delivered { seq: chunks.len() as u64, answers });
+    let second = InferRequest { attempt: 2, delivered, ..first };
+    let (rest, error) = read(scene.open(&second).await.expect("accepted")).await;
+    assert_eq!((error, text(&rest).as_str(), rest[0].seq), (None, "more", chunks.len() as u64));
+    let usage = TokenUsage { prompt_tokens: 3, completion_tokens: 3, cached_tokens: 0, reasoning_tokens: 0 };
+    assert_eq!(rest.last().expect("chunks").payload.usage, Some(usage));
+}
+
+#[tokio::test]
+async fn an_engine_does_not_continue_the_text_of_a_server() {
+    let scene = Scene::ready(config(), MockOptions::default()).await;
+    let known = DeliveredText { text: "once".into(), tokens: 1 };
+    let answers = vec![DeliveredAnswer { text: Some(known), ..DeliveredAnswer::default() }];
+    let job = InferRequest { delivered: Some(Delivered { seq: 1, answers }), ..request() };
+    assert_eq!(scene.refusal(&job).await.code, ErrorCode::UnsupportedParameter);
 }
 
 #[tokio::test]
