@@ -77,6 +77,7 @@ class Network:
         environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
         environment["TETHER_GATEWAY__RATE_LIMIT__REQUESTS_PER_MINUTE"] = "0"
         environment |= settings or {}
+        self.environment, self.guests = environment, []
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
         try:
             self.url = eventually("it listens", lambda: self.read("address"))
@@ -85,6 +86,20 @@ class Network:
         except BaseException:
             self.stop()
             raise
+
+    def join(self, folder, *arguments):
+        """Starts a further worker in a process of its own. The network must have `--listen`."""
+        folder.mkdir()
+        log = self.data.parent / "log"
+        lines = lambda: [line.strip() for line in log.read_text().splitlines()]
+        invites = lambda: [line for line in lines() if line.startswith("tether join ")]
+        invite = eventually("it prints an invite", invites)[0].split()[2]
+        command = [os.environ["TETHER_BIN"], "join", invite, "--listen", "127.0.0.1:0", *arguments]
+        with (folder / "log").open("w") as output:
+            guest = subprocess.Popen(
+                [*command, "--data-dir", str(folder / "data")], stdout=output, stderr=output, env=self.environment
+            )
+        self.guests.append(guest)
 
     def read(self, name):
         path = self.data / name
@@ -100,6 +115,9 @@ class Network:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key)
 
     def stop(self):
+        for guest in self.guests:
+            guest.terminate()
+            guest.wait(timeout=40)
         self.process.terminate()
         status = self.process.wait(timeout=40)
         with self.log:
