@@ -23,8 +23,8 @@ pub(super) struct Tagged {
     state: State,
     /// Whether any text was output.
     has_spoken: bool,
-    /// The whitespace between text and the calls after it: the part before the calls and the part after them. One of
-    /// the two is output before the next text.
+    /// The whitespace since the last text: the part before the calls and the part after them. One of the two is output
+    /// before the next text.
     space: (String, String),
 }
 
@@ -38,9 +38,9 @@ enum State {
         is_fresh: bool,
     },
     Text,
-    /// After the opening of a call. `written` is output as text if no call follows.
+    /// After the opening of a call. `tag` is output as text if no call follows.
     Opened {
-        written: String,
+        tag: String,
     },
     /// Inside arguments that are a JSON object.
     Arguments {
@@ -100,9 +100,9 @@ impl Tagged {
                 self.think(is_fresh, input, output)
             }
             State::Text => self.speak(input, output),
-            State::Opened { written } => {
-                let written = std::mem::take(written);
-                self.open(written, input, output)
+            State::Opened { tag } => {
+                let tag = std::mem::take(tag);
+                self.open(tag, input, output)
             }
             State::Arguments { span, wrapper } => {
                 let (end, wrapper) = (span.read(input.rest), *wrapper);
@@ -113,7 +113,7 @@ impl Tagged {
             }
             State::Parameters { name, count } => read_parameter(name, count, &self.tools, input, output),
             State::Closing { wrapper } => close(*wrapper, input),
-            State::Between => self.between(input, output),
+            State::Between => self.between(input),
         };
         let goes_on = next.is_some();
         if let Some(next) = next {
@@ -140,8 +140,8 @@ impl Tagged {
             *input = ahead;
         }
         if self.syntax == Some(CallSyntax::Llama) && ahead.rest.starts_with('{') {
-            let written = input.take_space().to_owned();
-            return Some(State::Opened { written });
+            self.space.0.push_str(input.take_space());
+            return Some(State::Opened { tag: String::new() });
         }
         Some(State::Text)
     }
@@ -172,48 +172,57 @@ impl Tagged {
         };
         match markers::find(input.rest, syntax.openers(), input.is_whole()) {
             Search::Found { at, length } => {
-                let said = input.take(at - trailing_space(&input.rest[..at]));
-                output.text(said);
-                let written = input.take_space().to_owned();
-                self.has_spoken |= !said.is_empty();
-                // Nothing is output between two calls, so the whitespace before the first one is kept.
-                if !said.is_empty() || !written.is_empty() {
-                    self.space = (written.clone(), String::new());
-                }
+                self.say(input.take(at - trailing_space(&input.rest[..at])), output);
+                self.space.0.push_str(input.take_space());
                 // The tag of a function is parsed together with its name.
                 let tag = if input.rest.starts_with(FUNCTION) { "" } else { input.take(length) };
-                Some(State::Opened { written: written + tag })
+                Some(State::Opened { tag: tag.to_owned() })
             }
             Search::Safe(length) => {
-                let said = input.take(without_space(input, length));
-                self.has_spoken |= !said.is_empty();
-                output.text(said);
+                self.say(input.take(without_space(input, length)), output);
                 None
             }
         }
     }
 
+    /// Outputs text, and before it the whitespace since the last text. Whitespace around calls that come first is
+    /// dropped.
+    fn say(&mut self, text: &str, output: &mut Output<'_>) {
+        if text.is_empty() {
+            return;
+        }
+        let (before, after) = std::mem::take(&mut self.space);
+        if self.has_spoken || output.calls.count == 0 {
+            output.text(if before.is_empty() { &after } else { &before });
+        }
+        output.text(text);
+        self.has_spoken = true;
+    }
+
     /// Parses what follows the opening of a call.
-    fn open(&mut self, written: String, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
-        let opened = self.read_opening(&written, input, output);
+    fn open(&mut self, tag: String, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+        let opened = self.read_opening(&tag, input, output);
         if opened.is_none() {
-            self.state = State::Opened { written };
+            self.state = State::Opened { tag };
         }
         opened
     }
 
-    fn read_opening(&self, written: &str, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+    /// Outputs an opening that no call follows.
+    fn no_call(&mut self, tag: &str, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+        // Without a tag, a character is taken, so that the same place is not tried again.
+        let first = input.rest.chars().next().filter(|_| tag.is_empty());
+        self.say(tag, output);
+        self.say(input.take(first.map_or(0, char::len_utf8)), output);
+        Some(State::Text)
+    }
+
+    fn read_opening(&mut self, tag: &str, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
         let syntax = self.syntax?;
         let mut ahead = *input;
         ahead.take_space();
-        let no_call = |input: &mut Input<'_>, output: &mut Output<'_>| {
-            output.text(written);
-            // Takes at least one character, so that the same place is not tried again.
-            output.text(input.take(input.rest.chars().next().map_or(0, char::len_utf8)));
-            Some(State::Text)
-        };
         let Some(first) = ahead.rest.chars().next() else {
-            return if input.is_whole() { no_call(input, output) } else { None };
+            return if input.is_whole() { self.no_call(tag, input, output) } else { None };
         };
         if first == '[' && matches!(syntax, CallSyntax::Mistral { .. }) {
             ahead.take(1);
@@ -225,9 +234,9 @@ impl Tagged {
         if ahead.rest.starts_with('{') {
             return match call_head::read(ahead.rest, ahead.is_whole(), syntax == CallSyntax::Llama) {
                 CallHead::Open => None,
-                CallHead::NoCall => no_call(input, output),
+                CallHead::NoCall => self.no_call(tag, input, output),
                 CallHead::Begun { name, .. } | CallHead::Whole { name, .. } if !self.allows(&name) => {
-                    no_call(input, output)
+                    self.no_call(tag, input, output)
                 }
                 CallHead::Begun { name, arguments_at } => {
                     ahead.take(arguments_at);
@@ -251,19 +260,19 @@ impl Tagged {
             let name = window.find(['[', '{']).map(|end| window[..end].trim_end());
             let begins = window.find('{');
             return match (name, begins) {
-                (Some(name), _) if !is_name(name) => no_call(input, output),
+                (Some(name), _) if !is_name(name) => self.no_call(tag, input, output),
                 (Some(name), Some(begins)) => {
                     output.begin_call(name);
                     ahead.take(begins);
                     *input = ahead;
                     Some(State::Arguments { span: JsonSpan::default(), wrapper: Wrapper::None })
                 }
-                _ if is_decided => no_call(input, output),
+                _ if is_decided => self.no_call(tag, input, output),
                 _ => None,
             };
         }
         if !ahead.begins(FUNCTION)? {
-            return no_call(input, output);
+            return self.no_call(tag, input, output);
         }
         match window[FUNCTION.len()..].split_once('>') {
             Some((name, after)) if is_name(name) => {
@@ -273,7 +282,7 @@ impl Tagged {
                     return None;
                 }
                 if !is_tag && first != Some('{') {
-                    return no_call(input, output);
+                    return self.no_call(tag, input, output);
                 }
                 output.begin_call(name);
                 ahead.take(FUNCTION.len() + name.len() + 1);
@@ -285,8 +294,8 @@ impl Tagged {
                     State::Arguments { span: JsonSpan::default(), wrapper: Wrapper::Function }
                 })
             }
-            Some(_) => no_call(input, output),
-            None if is_decided => no_call(input, output),
+            Some(_) => self.no_call(tag, input, output),
+            None if is_decided => self.no_call(tag, input, output),
             None => None,
         }
     }
@@ -297,7 +306,7 @@ impl Tagged {
     }
 
     /// Handles the text after a call: another call may follow, and then the rest of the answer.
-    fn between(&mut self, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+    fn between(&mut self, input: &mut Input<'_>) -> Option<State> {
         self.space.1.push_str(input.take_space());
         let separators: &[char] = match self.syntax? {
             CallSyntax::Llama => &[';'],
@@ -310,22 +319,9 @@ impl Tagged {
         }
         let takes_object = matches!(self.syntax, Some(CallSyntax::Llama | CallSyntax::Mistral { .. }));
         if takes_object && input.rest.starts_with('{') {
-            return Some(State::Opened { written: String::new() });
+            return Some(State::Opened { tag: String::new() });
         }
-        if input.rest.is_empty() {
-            return None;
-        }
-        // Before another call, no whitespace is output yet.
-        for opener in self.syntax?.openers() {
-            if input.begins(opener)? {
-                return Some(State::Text);
-            }
-        }
-        let (before, after) = std::mem::take(&mut self.space);
-        if self.has_spoken {
-            output.text(if before.is_empty() { &after } else { &before });
-        }
-        Some(State::Text)
+        (!input.rest.is_empty()).then_some(State::Text)
     }
 }
 
@@ -389,10 +385,8 @@ fn close(wrapper: Wrapper, input: &mut Input<'_>) -> Option<State> {
             *input = ahead;
             return Some(State::Between);
         }
-        Wrapper::None => {
-            *input = ahead;
-            return Some(State::Between);
-        }
+        // The whitespace may belong before text.
+        Wrapper::None => return Some(State::Between),
         Wrapper::Object | Wrapper::Function => {}
     }
     *input = ahead;

@@ -11,6 +11,7 @@ const MISTRAL_NAMED: &str = "[TOOL_CALLS] [ARGS]";
 const FUNCTION: &str = "<function=";
 const HARMONY: &str = "<|channel|>";
 const THINKER: &str = "<think> </think>";
+const MISTRAL_THINKER: &str = "[TOOL_CALLS] [ARGS] [THINK] [/THINK]";
 
 /// A call, assembled from its pieces.
 type Called = (String, String);
@@ -30,9 +31,19 @@ fn chat() -> Chat {
 
 /// Returns the text, the reasoning and the calls of an answer that arrives in pieces.
 fn parse<'a>(template: &str, prompt: &str, pieces: impl IntoIterator<Item = &'a str>) -> (String, String, Vec<Called>) {
-    let mut parser = AnswerParser::new(AnswerFormat::detect(template), &chat(), prompt, 7);
+    parse_to(&chat(), false, template, prompt, pieces)
+}
+
+fn parse_to<'a>(
+    chat: &Chat,
+    is_cut: bool,
+    template: &str,
+    prompt: &str,
+    pieces: impl IntoIterator<Item = &'a str>,
+) -> (String, String, Vec<Called>) {
+    let mut parser = AnswerParser::new(AnswerFormat::detect(template), chat, prompt, 7);
     let mut deltas: Vec<Delta> = pieces.into_iter().map(|piece| parser.push(piece)).collect();
-    let (last, calls) = parser.finish(false);
+    let (last, calls) = parser.finish(is_cut);
     deltas.push(last);
     let (mut text, mut reasoning, mut called) = (String::new(), String::new(), Vec::<Called>::new());
     for delta in deltas {
@@ -269,31 +280,166 @@ mod required {
     }
 }
 
+/// Returns what a family writes where it calls, thinks, and fails to.
+fn markup(template: &str) -> Vec<&'static str> {
+    match template {
+        HERMES => vec![
+            "<tool_call>{\"name\": \"time\"}</tool_call>",
+            "<tool_call>{\"name\": \"time\", \"arguments\": {}}",
+            "<tool_call>no",
+            "<tool_call>\n{\"\0\"",
+            "<function=time>\n</function>\n</tool_call>",
+            "<function=time><x",
+            "<think>\nHm.\n</think>\n\n",
+        ],
+        LLAMA => vec![
+            "{\"name\": \"time\", \"parameters\": {}}",
+            "{\"name\": \"Ann\"}",
+            "<|python_tag|>{\"name\": \"time\"}",
+            "<|python_tag|>no",
+            ";",
+        ],
+        FUNCTION => {
+            vec!["<function=time>{}</function>", "<function=time></function>", "<function=time>no", "<function="]
+        }
+        HARMONY => vec![
+            "<|channel|>analysis<|message|>Hm.<|end|>",
+            "<|start|>assistant",
+            "<|channel|>final<|message|>",
+            "<|channel|>commentary to=functions.time<|message|>{}<|call|>",
+        ],
+        THINKER => vec!["<think>\nHm.\n</think>\n\n", "<think>", "</think>"],
+        _ => vec![
+            "[TOOL_CALLS][{\"name\": \"time\"}]",
+            "[TOOL_CALLS]time[ARGS]{}",
+            "[TOOL_CALLS] [ no {",
+            "[TOOL_CALLS] no {",
+            ", {\"name\": \"time\"}",
+            ", {",
+            "]",
+            "[THINK]Hm. [/THINK]\n",
+        ],
+    }
+}
+
+/// Returns a family's template, and an answer of its markup, the pieces of all families' markup, and text, also of
+/// lengths around the parser's limits.
+fn soup(templates: Vec<&'static str>) -> impl Strategy<Value = (&'static str, String)> {
+    prop::sample::select(templates).prop_flat_map(|template| {
+        let markup = prop::sample::select(markup(template));
+        let tags = prop::sample::select(vec![
+            "<tool_call>",
+            "</tool_call>",
+            "<think>",
+            "</think>",
+            "[THINK]",
+            "[/THINK]",
+            "<|python_tag|>",
+            "[TOOL_CALLS]",
+            "[CALL_ID]",
+            "[ARGS]",
+            "[",
+            "]",
+            "<function=",
+            "weather",
+            "time>",
+            "</function>",
+            "<parameter=",
+            "place>",
+            "</parameter>",
+            "<|channel|>",
+            "analysis",
+            "commentary",
+            "<|message|>",
+            "<|end|>",
+            "<|start|>",
+            "<|call|>",
+            " to=functions.",
+            "{\"name\": \"weather\", ",
+            "\"arguments\": ",
+            "\"parameters\": ",
+            "{",
+            "}",
+            "\"",
+            "\\",
+            ",",
+            ":",
+            "1",
+            ";",
+            "<",
+            ">",
+            "{\"place\": \"Rome\"}",
+        ]);
+        let text = prop::sample::select(vec![" ", "\n", "\n\n", "x", "é", "\u{a0}", "\u{fffd}"]);
+        let lengths = prop::sample::select(vec![120_usize, 250, 500, 4_080]);
+        let long = (prop::sample::select(vec![" ", "x", "é"]), lengths)
+            .prop_map(|(text, bytes)| text.repeat(bytes / text.len()));
+        let owned = |text: &str| text.to_owned();
+        let fragment = prop_oneof![
+            20 => markup.prop_map(owned), 10 => tags.prop_map(owned), 20 => text.prop_map(owned), 1 => long,
+        ];
+        prop::collection::vec(fragment, 0..16).prop_map(move |fragments| (template, fragments.concat()))
+    })
+}
+
+fn cut<'a>(answer: &'a str, cuts: &[usize]) -> Vec<&'a str> {
+    let mut rest = answer;
+    let mut pieces = Vec::new();
+    for cut in cuts {
+        let (piece, after) = rest.split_at(rest.ceil_char_boundary(*cut));
+        pieces.push(piece);
+        rest = after;
+    }
+    pieces.push(rest);
+    pieces
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_048))]
+
     #[test]
     fn any_split_of_an_answer_gives_the_same(
-        template in prop::sample::select(vec![HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, FUNCTION, HARMONY, THINKER]),
+        (template, answer) in soup(vec![
+            HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, MISTRAL_THINKER, FUNCTION, HARMONY, THINKER,
+        ]),
         prompt in prop::sample::select(vec!["", "<think>\n"]),
-        fragments in prop::collection::vec(prop::sample::select(vec![
-            "<tool_call>", "</tool_call>", "<think>", "</think>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[", "]",
-            "<function=", "weather", "time>", "</function>", "<parameter=", "place>", "</parameter>", "<|channel|>",
-            "analysis", "<|message|>", "<|end|>", "<|start|>", " to=functions.", "{\"name\": \"weather\", ",
-            "\"arguments\": ", "\"parameters\": ", "{", "}", "\"", "\\", ",", ":", "1", " ", "\n", "é", ";", "x",
-            "{\"place\": \"Rome\"}", "{\"name\": \"time\", \"arguments\": {}}",
-        ]), 0..16),
-        cuts in prop::collection::vec(1_usize..7, 0..60),
+        (one_call, is_cut) in any::<(bool, bool)>(),
+        cuts in prop_oneof![
+            prop::collection::vec(1_usize..7, 0..200),
+            prop::collection::vec(1_usize..700, 0..20),
+        ],
     ) {
-        let answer = fragments.concat();
-        let mut pieces = Vec::new();
-        let mut rest = answer.as_str();
-        for cut in cuts {
-            let (piece, after) = rest.split_at(rest.ceil_char_boundary(cut));
-            pieces.push(piece);
-            rest = after;
-        }
-        pieces.push(rest);
-        prop_assert_eq!(parse(template, prompt, pieces), parse(template, prompt, [answer.as_str()]));
+        let chat = Chat { one_call, ..chat() };
+        let whole = parse_to(&chat, is_cut, template, prompt, [answer.as_str()]);
+        prop_assert_eq!(parse_to(&chat, is_cut, template, prompt, cut(&answer, &cuts)), whole);
     }
+
+    #[test]
+    fn an_answer_without_calls_and_thoughts_comes_out_as_it_was_written(
+        (template, answer) in soup(vec![LLAMA, MISTRAL, MISTRAL_NAMED, FUNCTION]),
+    ) {
+        let (text, _, calls) = parse(template, "", [answer.as_str()]);
+        prop_assert!(!calls.is_empty() || text == answer, "{:?}", text);
+    }
+}
+
+#[test]
+fn what_is_said_after_a_call_that_is_none_is_not_given_its_space_again() {
+    let answer = "<think>\nHm.\n</think>\n\nI \0\0\0n\0\0a\0\0 \"add\"\n<tool_call>\n{\"\0\0, \"argumentl_c\0\x05<tool_\
+                  \u{fffd}\u{fffd}a\u{fffd}\u{fffd}><function=add><funcll";
+    let text = "I \0\0\0n\0\0a\0\0 \"add\"\n<tool_call>\n{\"\0\0, \"argumentl_c\0\x05<tool_\u{fffd}\u{fffd}a\u{fffd}\u{fffd}>\
+                <funcll";
+    check(HERMES, answer, text, "Hm.", &[("add", "{}")]);
+}
+
+#[test]
+fn what_is_no_call_among_calls_is_text_like_any_other() {
+    let call = "<tool_call>{\"name\": \"time\"}</tool_call>";
+    let time = ("time", "{}");
+    check(HERMES, &format!("Sure: {call}\n<tool_call>no"), "Sure: <tool_call>no", "", &[time]);
+    check(HERMES, &format!("<tool_call>no{call} done"), "<tool_call>no done", "", &[time]);
+    check(HERMES, &format!("<tool_call>{call}"), "<tool_call>", "", &[time]);
+    check(HERMES, &format!(" <tool_call>no {call}"), " <tool_call>no", "", &[time]);
 }
 
 #[test]
@@ -306,6 +452,8 @@ fn what_is_said_around_calls_keeps_its_space() {
     check(HERMES, &format!("One {call}\n{call} two"), "One two", "", &[("time", "{}"), ("time", "{}")]);
     check(HERMES, &format!("{call} done"), "done", "", time);
     check(HERMES, &format!("Sure: {call}\n"), "Sure:", "", time);
+    check(FUNCTION, "Sure:<function=time>{}</function> done", "Sure: done", "", time);
+    check(MISTRAL, "Sure:[TOOL_CALLS][{\"name\": \"time\"}] done", "Sure: done", "", time);
 }
 
 #[test]
