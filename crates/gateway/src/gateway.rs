@@ -278,7 +278,7 @@ impl Gateway {
             let timeouts = self.timeouts(&record, &job);
             let expected = Expected::of(&job.input);
             let request = self.request(&grant, &builds, job, timeouts, &record)?;
-            let begun = self.begin(request, timeouts).await;
+            let begun = Box::pin(self.begin(request, timeouts)).await;
             let begun = begun.map_err(|error| repeat.name_key(error.for_clients()))?;
             let mut entries: Vec<_> = builds.into_iter().map(|build| build.entry).collect();
             entries.extend(self.replayed_model(&begun, &entries).await?);

@@ -142,7 +142,7 @@ impl RpcGateway {
     /// Answers with one JSON value, for callers that do not use streams.
     async fn whole(self, caller: Caller, body: Box<RawValue>) -> Result<Box<RawValue>, WireError> {
         let body = body.get().as_bytes();
-        let Opened { mut answer, wording } = self.open(caller.key, body, None, true).await?;
+        let Opened { mut answer, wording } = Box::pin(self.open(caller.key, body, None, true)).await?;
         let whole = answer.collect().await?;
         let written = match wording {
             Wording::Generation(heading) => write_whole(&heading, &answer, &whole).ok(),

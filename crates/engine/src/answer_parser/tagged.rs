@@ -209,12 +209,12 @@ impl Tagged {
     }
 
     /// Outputs an opening that no call follows.
-    fn no_call(&mut self, tag: &str, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
+    fn no_call(&mut self, tag: &str, input: &mut Input<'_>, output: &mut Output<'_>) -> State {
         // Without a tag, a character is taken, so that the same place is not tried again.
         let first = input.rest.chars().next().filter(|_| tag.is_empty());
         self.say(tag, output);
         self.say(input.take(first.map_or(0, char::len_utf8)), output);
-        Some(State::Text)
+        State::Text
     }
 
     fn read_opening(&mut self, tag: &str, input: &mut Input<'_>, output: &mut Output<'_>) -> Option<State> {
@@ -222,7 +222,7 @@ impl Tagged {
         let mut ahead = *input;
         ahead.take_space();
         let Some(first) = ahead.rest.chars().next() else {
-            return if input.is_whole() { self.no_call(tag, input, output) } else { None };
+            return if input.is_whole() { Some(self.no_call(tag, input, output)) } else { None };
         };
         if first == '[' && matches!(syntax, CallSyntax::Mistral { .. }) {
             ahead.take(1);
@@ -234,9 +234,9 @@ impl Tagged {
         if ahead.rest.starts_with('{') {
             return match call_head::read(ahead.rest, ahead.is_whole(), syntax == CallSyntax::Llama) {
                 CallHead::Open => None,
-                CallHead::NoCall => self.no_call(tag, input, output),
+                CallHead::NoCall => Some(self.no_call(tag, input, output)),
                 CallHead::Begun { name, .. } | CallHead::Whole { name, .. } if !self.allows(&name) => {
-                    self.no_call(tag, input, output)
+                    Some(self.no_call(tag, input, output))
                 }
                 CallHead::Begun { name, arguments_at } => {
                     ahead.take(arguments_at);
@@ -260,19 +260,19 @@ impl Tagged {
             let name = window.find(['[', '{']).map(|end| window[..end].trim_end());
             let begins = window.find('{');
             return match (name, begins) {
-                (Some(name), _) if !is_name(name) => self.no_call(tag, input, output),
+                (Some(name), _) if !is_name(name) => Some(self.no_call(tag, input, output)),
                 (Some(name), Some(begins)) => {
                     output.begin_call(name);
                     ahead.take(begins);
                     *input = ahead;
                     Some(State::Arguments { span: JsonSpan::default(), wrapper: Wrapper::None })
                 }
-                _ if is_decided => self.no_call(tag, input, output),
+                _ if is_decided => Some(self.no_call(tag, input, output)),
                 _ => None,
             };
         }
         if !ahead.begins(FUNCTION)? {
-            return self.no_call(tag, input, output);
+            return Some(self.no_call(tag, input, output));
         }
         match window[FUNCTION.len()..].split_once('>') {
             Some((name, after)) if is_name(name) => {
@@ -282,7 +282,7 @@ impl Tagged {
                     return None;
                 }
                 if !is_tag && first != Some('{') {
-                    return self.no_call(tag, input, output);
+                    return Some(self.no_call(tag, input, output));
                 }
                 output.begin_call(name);
                 ahead.take(FUNCTION.len() + name.len() + 1);
@@ -294,8 +294,8 @@ impl Tagged {
                     State::Arguments { span: JsonSpan::default(), wrapper: Wrapper::Function }
                 })
             }
-            Some(_) => self.no_call(tag, input, output),
-            None if is_decided => self.no_call(tag, input, output),
+            Some(_) => Some(self.no_call(tag, input, output)),
+            None if is_decided => Some(self.no_call(tag, input, output)),
             None => None,
         }
     }

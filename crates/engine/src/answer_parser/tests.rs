@@ -374,9 +374,15 @@ fn soup(templates: Vec<&'static str>) -> impl Strategy<Value = (&'static str, St
         let lengths = prop::sample::select(vec![120_usize, 250, 500, 4_080]);
         let long = (prop::sample::select(vec![" ", "x", "é"]), lengths)
             .prop_map(|(text, bytes)| text.repeat(bytes / text.len()));
+        let long_head = (4_000_usize..4_700)
+            .prop_map(|bytes| format!("<tool_call>{{\"id\": \"{}\", \"name\": \"time\"}}", "x".repeat(bytes)));
         let owned = |text: &str| text.to_owned();
         let fragment = prop_oneof![
-            20 => markup.prop_map(owned), 10 => tags.prop_map(owned), 20 => text.prop_map(owned), 1 => long,
+            20 => markup.prop_map(owned),
+            10 => tags.prop_map(owned),
+            20 => text.prop_map(owned),
+            1 => long,
+            1 => long_head,
         ];
         prop::collection::vec(fragment, 0..16).prop_map(move |fragments| (template, fragments.concat()))
     })
@@ -427,8 +433,8 @@ proptest! {
 fn what_is_said_after_a_call_that_is_none_is_not_given_its_space_again() {
     let answer = "<think>\nHm.\n</think>\n\nI \0\0\0n\0\0a\0\0 \"add\"\n<tool_call>\n{\"\0\0, \"argumentl_c\0\x05<tool_\
                   \u{fffd}\u{fffd}a\u{fffd}\u{fffd}><function=add><funcll";
-    let text = "I \0\0\0n\0\0a\0\0 \"add\"\n<tool_call>\n{\"\0\0, \"argumentl_c\0\x05<tool_\u{fffd}\u{fffd}a\u{fffd}\u{fffd}>\
-                <funcll";
+    let text = "I \0\0\0n\0\0a\0\0 \"add\"\n<tool_call>\n{\"\0\0, \"argumentl_c\0\x05<tool_\
+                \u{fffd}\u{fffd}a\u{fffd}\u{fffd}><funcll";
     check(HERMES, answer, text, "Hm.", &[("add", "{}")]);
 }
 
