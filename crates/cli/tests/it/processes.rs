@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::json;
 use tether_cli::client::{ChatAnswer, Piece};
+use tokio::task::JoinSet;
 
 use crate::mesh::{LOOPBACK, Mesh, cut_power, refusal, until};
 use crate::program::{children, signal};
@@ -149,24 +150,24 @@ async fn workers_that_pause_for_four_seconds_keep_their_answers() {
     let pids = WORKERS.map(|worker| mesh.processes.pid(worker).expect("it runs"));
     for _ in 0..10 {
         let (mut last, mut longest) = (Instant::now(), Duration::ZERO);
-        let mut waking = None;
+        let mut waking = JoinSet::new();
         let told = tell(&mesh, |pieces| {
             if pieces == 20 {
                 for pid in pids {
                     signal(pid, Signal::STOP);
                 }
-                waking = Some(std::thread::spawn(move || {
-                    std::thread::sleep(4 * SECOND);
+                waking.spawn(async move {
+                    tokio::time::sleep(4 * SECOND).await;
                     for pid in pids {
                         signal(pid, Signal::CONT);
                     }
-                }));
+                });
             }
             longest = longest.max(std::mem::replace(&mut last, Instant::now()).elapsed());
         })
         .await;
         assert_eq!((told.text, told.continued), (whole.text.clone(), 0));
-        waking.expect("the story is long enough").join().expect("no panic");
+        waking.join_next().await.expect("the story is long enough").expect("no panic");
         if longest > 3 * SECOND {
             return;
         }
