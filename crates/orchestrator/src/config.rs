@@ -27,7 +27,8 @@ pub struct Config {
     /// Maximum number of attempts of a job before its first token, each on another worker.
     pub attempts_max: u32,
     /// How often a tenant's jobs may go from a full worker to the next, for each hundred of its jobs. A hundred at once
-    /// and one a second are always allowed. Without a limit, workers that are all full would get a multiple of the jobs.
+    /// and one a second are always allowed. Without a limit, workers that are all full would get a multiple of the
+    /// jobs.
     pub retry_budget_percent: u32,
     /// Seconds without a chunk after which an attempt has failed. A chunk that only has progress counts.
     pub stall_secs: u64,

@@ -63,8 +63,8 @@ impl Journal {
         self.server = server;
     }
 
-    /// Returns what a worker's server must be to continue the text of an answer. Returns `None` if there is no text, or
-    /// none can continue it: templates and tokenizers of other software differ.
+    /// Returns what a worker's server must be to continue the text of an answer. Returns `None` if none can continue
+    /// it, or nothing was written: templates and tokenizers of other software differ.
     pub fn text_server(&self) -> Option<ModelServer> {
         let has_text = self.answers.values().any(|answer| !answer.text.is_empty());
         let server = self.server.filter(|server| has_text && self.allows_text && (server.prefills || !self.is_chat))?;

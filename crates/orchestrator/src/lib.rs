@@ -1,7 +1,8 @@
 //! Finds a worker for each job and follows the job until it is settled. Start reading at [`Orchestrator::submit`].
 //!
 //! Decisions are pure functions of the state and the current time ([`scheduler`], [`circuit_breaker`],
-//! [`retry_manager`], [`retry_budget`], [`job`], `journal`); only [`orchestrator`], [`dispatch`] and [`reservation_manager`] act.
+//! [`retry_manager`], [`retry_budget`], [`job`], `journal`); only [`orchestrator`], [`dispatch`] and
+//! [`reservation_manager`] act.
 
 mod advance;
 mod answers;

@@ -113,7 +113,8 @@ pub struct Orchestrator {
     checks: TaskTracker,
     answers: Arc<Answers>,
     pub(crate) sealing_key: SealingKey,
-    /// Until when jobs wait for workers that were known before this start.
+    /// The workers that were known before this start, and until when jobs wait for them.
+    known_workers: Vec<WorkerId>,
     workers_return_by: Instant,
 }
 
@@ -161,7 +162,8 @@ impl Orchestrator {
         loop {
             let chosen = self.choose_worker(journey);
             let is_missing = chosen.as_ref().is_err_and(|error| error.code == ErrorCode::NoCapacity);
-            if !is_missing || Instant::now() >= self.workers_return_by.min(journey.deadline) {
+            let is_late = Instant::now() >= self.workers_return_by.min(journey.deadline);
+            if !is_missing || is_late || self.have_returned() {
                 return chosen;
             }
             tokio::select! {
@@ -170,6 +172,12 @@ impl Orchestrator {
                 () = delivery.gone() => return chosen,
             }
         }
+    }
+
+    /// Returns whether every worker that was known before this start has reported.
+    fn have_returned(&self) -> bool {
+        let now = Instant::now();
+        self.known_workers.iter().all(|worker| self.fleet.silence(*worker, now).is_some())
     }
 
     fn choose_worker(&self, journey: &mut Journey) -> Result<Candidate, WireError> {
@@ -674,8 +682,8 @@ impl Orchestrator {
         let mut regions = vec![region.clone()];
         regions.extend(config.near_regions.iter().cloned());
         let marks = store.high_waters().await?;
-        let return_within = if marks.is_empty() { Duration::ZERO } else { WORKERS_RETURN_WITHIN };
-        let workers_return_by = Instant::now() + return_within;
+        let known_workers: Vec<WorkerId> = marks.iter().map(|(worker, _)| *worker).collect();
+        let workers_return_by = Instant::now() + WORKERS_RETURN_WITHIN;
         let search = Search::new(transport.clone(), client.clone(), fleet.clone(), regions.clone());
         let discovery = DiscoverySub::new(
             fleet.clone(),
@@ -717,6 +725,7 @@ impl Orchestrator {
             checks: TaskTracker::new(),
             answers: Arc::default(),
             sealing_key,
+            known_workers,
             workers_return_by,
             config,
         });

@@ -28,7 +28,7 @@ use worker::{BaseWorker, CatalogUse, ServedModel, WorkerParts};
 use crate::faulty_store::{Disk, FaultyStore};
 use crate::faulty_transport::Links;
 use crate::findings::Findings;
-use crate::scripted_engine::{ScriptedEngine, Trouble};
+use crate::scripted_engine::{EngineTrouble, ScriptedEngine};
 
 const PEPPER: Pepper = Pepper([9; 32]);
 const MODELS: [&str; 2] = ["alpha", "beta"];
@@ -120,7 +120,7 @@ pub struct Network {
     gateways: Vec<Gateway>,
     workers: Vec<Option<CancellationToken>>,
     epochs: Vec<u64>,
-    pub troubles: Vec<Arc<Trouble>>,
+    pub troubles: Vec<Arc<EngineTrouble>>,
     skews: Vec<Arc<AtomicI64>>,
     stop: CancellationToken,
 }

@@ -35,26 +35,26 @@ pub fn word(prompt: &str, index: u32) -> String {
 pub struct ScriptedEngine {
     mock: MockRuntime,
     findings: Findings,
-    trouble: Arc<Trouble>,
+    trouble: Arc<EngineTrouble>,
     tasks: TaskTracker,
 }
 
 /// What an engine is told to do wrong.
 #[derive(Debug)]
-pub struct Trouble {
+pub struct EngineTrouble {
     /// While set, answers stand still.
     frozen: watch::Sender<bool>,
     /// How many generations break off, and after how many tokens.
     breaking: Mutex<Option<(u32, u32)>>,
 }
 
-impl Default for Trouble {
+impl Default for EngineTrouble {
     fn default() -> Self {
         Self { frozen: watch::Sender::new(false), breaking: Mutex::default() }
     }
 }
 
-impl Trouble {
+impl EngineTrouble {
     pub fn freeze(&self, frozen: bool) {
         self.frozen.send_replace(frozen);
     }
@@ -73,7 +73,7 @@ impl Trouble {
 }
 
 impl ScriptedEngine {
-    pub fn new(per_token: Duration, findings: Findings, trouble: Arc<Trouble>) -> Self {
+    pub fn new(per_token: Duration, findings: Findings, trouble: Arc<EngineTrouble>) -> Self {
         let first_token = per_token * 2;
         let options = MockOptions { first_token, per_token, tokens: ANSWER_TOKENS, ..MockOptions::default() };
         Self { mock: MockRuntime::new(options), findings, trouble, tasks: TaskTracker::new() }

@@ -43,7 +43,7 @@ pub struct Report {
 }
 
 /// A request and what came of it.
-struct Asked {
+struct Exchange {
     request: Request,
     received: Received,
     /// Whether no network was between the client and its gateway.
@@ -182,7 +182,7 @@ struct Scene {
     /// The API key of each tenant.
     tokens: Vec<String>,
     trace: Trace,
-    asked: Mutex<Vec<Asked>>,
+    asked: Mutex<Vec<Exchange>>,
     findings: Findings,
 }
 
@@ -197,7 +197,7 @@ impl Scene {
             self.findings.report(finding);
         }
         let end = received.end.clone();
-        self.asked.lock().push(Asked { request, received, is_within: matches!(side, Side::Within(_)) });
+        self.asked.lock().push(Exchange { request, received, is_within: matches!(side, Side::Within(_)) });
         end
     }
 
@@ -254,7 +254,7 @@ impl Scene {
 
     fn check_bills(&self, records: &BTreeMap<JobKey, Vec<(DurableState, Option<UsageRecord>)>>) {
         let completed = DurableState::Settled(TerminalState::Completed);
-        let mut read: BTreeMap<JobKey, Vec<&Asked>> = BTreeMap::new();
+        let mut read: BTreeMap<JobKey, Vec<&Exchange>> = BTreeMap::new();
         let asked = self.asked.lock();
         for asked in asked.iter() {
             let Request { id, retry_token, tenant, .. } = &asked.request;

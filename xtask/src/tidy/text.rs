@@ -39,13 +39,14 @@ fn check_lines(file: &SourceFile) -> Vec<String> {
     let marks = [["TO", "DO"], ["FIX", "ME"], ["XX", "X"]].map(|parts| parts.concat());
     let homes = [["/ho", "me/"], ["/ro", "ot/"], ["/Us", "ers/"]].map(|parts| parts.concat());
     let ignored = ["#[ig", "nore"].concat();
-    // Ignored tests of these kinds do run: another test starts them as a child process, `interop/run` and
-    // `make bench-engine` select them, or somebody who measures runs them by the command in `docs/benchmarks.md`.
+    // Ignored tests of these kinds do run: another test starts them as a child process, `interop/run` or a recipe
+    // selects them, or somebody who measures runs them by the command in `docs/benchmarks.md`.
     let excused = [
         "runs only as the child of ",
         "needs Node: make interop",
         "needs models: make bench-engine",
         "measures memory: docs/benchmarks.md",
+        "runs for long: make linearizability",
     ]
     .map(|why| format!("{ignored} = \"{why}"));
     let is_language = ["crates/inference/src/", "crates/protocol/src/"].iter().any(|src| file.path.starts_with(src));

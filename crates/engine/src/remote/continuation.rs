@@ -1,7 +1,7 @@
 //! Continues an answer after its text, which another server began. Pure.
 //!
-//! Templates and tokenizers treat spaces at the end of a text each in their own way. So the server gets the text without
-//! them, and what it repeats of them is left out.
+//! Templates and tokenizers treat spaces at the end of a text each in their own way. So the server gets the text
+//! without them, and what it repeats of them is left out.
 
 use crate::model_runtime::{
     Chat, ContinuedText, EngineError, GenerateRequest, Message, OutputFormat, PromptInput, Role, ToolChoice,

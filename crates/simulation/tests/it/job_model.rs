@@ -2,8 +2,8 @@
 //!
 //! Everything that decides is the program's own code: the job's states and the place of a chunk (`orchestrator::job`),
 //! what follows a failed attempt (`orchestrator::retry_manager`), and which writes the store accepts
-//! (`metadata_store::fencing`). The model adds who acts when. Bounds on the number of faults keep it finite. No step leads
-//! back, so a state without steps is where the network comes to rest.
+//! (`metadata_store::fencing`). The model adds who acts when. Bounds on the number of faults keep it finite. No step
+//! leads back, so a state without steps is where the network comes to rest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

@@ -96,7 +96,7 @@ async fn ten_thousand_calls_at_once_have_an_order() {
 
 /// Runs as many operations as the environment says; `make linearizability` does so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-#[ignore = "takes as long as it is told to"]
+#[ignore = "runs for long: make linearizability"]
 async fn any_number_of_calls_at_once_have_an_order() {
     #[expect(clippy::disallowed_methods, reason = "a recipe says how long this runs")]
     let operations = std::env::var("OPERATIONS").ok().and_then(|count| count.parse().ok()).unwrap_or(1_000_000);
