@@ -375,7 +375,6 @@ pub struct JobsListArgs {
     pub server: ServerArgs,
 }
 
-/// A request.
 #[derive(Debug, Clone, Args)]
 pub struct RequestArgs {
     /// Id of the request: the header x-request-id of its response, or the id in its answer

@@ -272,7 +272,7 @@ impl Writer {
         self.shared.state.borrow().origin.map(|origin| origin.created_at)
     }
 
-    /// Ends the answer.
+    /// Ends the answer for all its readers. Only the first end counts.
     pub(crate) fn end(&self, end: Result<(), WireError>) {
         self.shared.state.send_modify(|state| {
             state.end.get_or_insert(end);

@@ -39,7 +39,7 @@ impl RetryBudgets {
         Self { share: f64::from(percent) / 100.0, tenants: HashMap::new() }
     }
 
-    /// Records a job.
+    /// Adds the share of a job to its tenant's budget.
     pub fn job(&mut self, tenant: &TenantId, now: Instant) {
         if let Some(budget) = self.tenants.get_mut(tenant) {
             *budget = Budget { left: (budget.now(now) + self.share).min(BURST), at: now };

@@ -189,7 +189,7 @@ pub struct CachedModel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelServer {
-    /// Its software.
+    /// Software that serves the model.
     pub kind: ServerKind,
     /// Whether it continues the last message of a conversation. Every server continues a text prompt.
     #[serde(default)]

@@ -143,7 +143,7 @@ pub struct DeliveredAnswer {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DeliveredText {
-    /// The text.
+    /// Text of the answer that the caller has.
     pub text: String,
     /// Number of its tokens, estimated from its length.
     pub tokens: u32,

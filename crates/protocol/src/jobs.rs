@@ -86,9 +86,9 @@ pub struct AttemptRecord {
     pub model: ModelKey,
     /// How it ended: the code of an error, or the job's status.
     pub outcome: String,
-    /// When it began.
+    /// When a worker was chosen for it.
     pub began_at: UnixMillis,
-    /// When it ended.
+    /// When it completed, failed or was given up.
     pub ended_at: UnixMillis,
     /// Whether it delivered a part of the answer.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -115,7 +115,7 @@ pub struct JobInfo {
     pub region: Region,
     /// Trace that the job belongs to.
     pub trace_id: TraceId,
-    /// Where it stands.
+    /// Whether it is running, or how it ended.
     pub status: JobStatus,
     /// Worker that runs it or ran it last.
     pub worker_id: WorkerId,
@@ -128,7 +128,7 @@ pub struct JobInfo {
     pub created_at: UnixMillis,
     /// When it was last reserved, moved or settled.
     pub updated_at: UnixMillis,
-    /// Why it failed.
+    /// Code of the error that its client got; absent unless it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error_code: Option<ErrorCode>,
     /// The same in words.
@@ -137,7 +137,7 @@ pub struct JobInfo {
     /// Why the answer ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finish_reason: Option<FinishReason>,
-    /// What is billed.
+    /// Tokens that are billed; absent if nothing is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<TokenUsage>,
     /// The attempts that have ended, in order; at most the last 32.
@@ -359,7 +359,7 @@ pub struct DeadLetterReplayed {
     /// What the tenant is billed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<TokenUsage>,
-    /// Why it failed.
+    /// Error of the replay; absent if it completed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<WireError>,
     /// Whether the dead letter was deleted.

@@ -37,7 +37,6 @@ pub enum Trouble {
     Lying,
 }
 
-/// What was written.
 #[derive(Debug, Clone, Default)]
 pub struct Ledger {
     /// The jobs that were accepted, and how often each was settled since it was last accepted.

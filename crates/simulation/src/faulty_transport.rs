@@ -105,7 +105,6 @@ impl Links {
         self.state.lock().delays.remove(&node);
     }
 
-    /// Repairs everything.
     pub fn heal_all(&self) {
         let mut state = self.state.lock();
         (state.cut, state.held, state.delays) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
@@ -144,7 +143,6 @@ impl Links {
     }
 }
 
-/// One link.
 #[derive(Clone)]
 struct Link {
     links: Links,

@@ -90,7 +90,6 @@ pub enum Outcome {
     Held(u32),
 }
 
-/// A job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Entry {
     pub standing: Standing,

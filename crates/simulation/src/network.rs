@@ -162,7 +162,6 @@ fn membership_of(node: Node, clock: Arc<dyn Clock>) -> Membership {
 }
 
 impl Network {
-    /// Starts every node.
     pub async fn start(shape: Shape, findings: Findings) -> Self {
         let begun = Instant::now();
         let skew_ms = Arc::new(AtomicI64::new(0));

@@ -56,10 +56,10 @@ pub(super) async fn cancel(context: Context, args: &RequestArgs) -> anyhow::Resu
     let id = request_id(&args.request)?;
     let client = client(&context, &args.server)?;
     let cancelled: JobList = client.post(&format!("/admin/v1/jobs/{id}/cancel"), &()).await?;
-    print(&context, &cancelled, id, "no job of this request runs now; `tether jobs show` tells what became of it")
+    print(&context, &cancelled, id, "no job of this request is running; `tether jobs show` shows how it ended")
 }
 
-/// Prints the jobs of a request, or that there are none.
+/// Prints the jobs of a request. `none` is printed if there is no job.
 fn print(context: &Context, found: &JobList, id: CorrelationId, none: &str) -> anyhow::Result<Outcome> {
     if context.json {
         output::json(found)?;

@@ -111,7 +111,6 @@ pub(super) fn purge(connection: &Connection, purge: &DeadLetterPurge) -> rusqlit
     Ok(purged as u64)
 }
 
-/// Counts the letters.
 pub(super) fn count(connection: &Connection) -> rusqlite::Result<u64> {
     connection
         .prepare_cached("SELECT count(*) AS letters FROM dead_letters")?

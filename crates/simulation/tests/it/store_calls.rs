@@ -43,7 +43,6 @@ fn entry(record: &JobRecord) -> Entry {
     }
 }
 
-/// Performs an operation.
 pub(crate) async fn perform(store: &dyn JobStore, operation: Operation) -> Outcome {
     let now = UnixMillis(1);
     match operation {

@@ -28,7 +28,7 @@ const ANSWER: &str = concat!(
     "data: {\"choices\":[{\"index\":0,\"text\":\"more\",\"finish_reason\":\"length\"}]}\n\n",
     "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n\ndata: [DONE]\n\n",
 );
-/// It breaks off.
+/// The beginning of that answer, whose server dies.
 const BEGUN: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"once \"}]}\n\n";
 const REST: &str = concat!(
     "data: {\"choices\":[{\"index\":0,\"text\":\" more\",\"finish_reason\":\"length\"}]}\n\n",
