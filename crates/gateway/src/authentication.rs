@@ -9,7 +9,7 @@ use protocol::token::ApiToken;
 use protocol::{Digest, ErrorCode, UnixMillis, WireError};
 use quick_cache::unsync::Cache;
 use rpc::rate_limit::{Quota, RateLimit};
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore, SemaphorePermit};
 use tokio::time::{self, Instant};
 
 use crate::origin_permits::{OriginPermit, OriginPermits};
@@ -27,6 +27,9 @@ const FAILURES: Quota = Quota { burst: 10, per_minute: 10 };
 const WRONG: Quota = Quota { burst: 60, per_minute: 60 };
 /// Questions about returning tokens of one address or node: one in 200 ms, with ten in the queue.
 const TURNS: Quota = Quota { burst: 10, per_minute: 300 };
+/// Questions at a time about tokens that were not right before. Node keys and IPv6 networks cost nothing, so limits for
+/// each origin do not protect the registry.
+const QUESTIONS_MAX: usize = 64;
 /// How long a deferred token's client should wait before it returns.
 const DEFERRAL: Duration = Duration::from_secs(1);
 /// Maximum number of deferred tokens that are remembered.
@@ -44,6 +47,8 @@ pub(crate) struct Authentication {
     wrong: RateLimit<Option<Origin>>,
     /// Questions under way for each origin. They count as wrong until their answer is there.
     asking: OriginPermits,
+    /// Permits for questions of all origins.
+    questions: Semaphore,
     turns: RateLimit<Option<Origin>>,
     /// Tokens that were told to return, by who showed them.
     deferred: Mutex<Cache<(Option<Origin>, Digest), ()>>,
@@ -82,6 +87,7 @@ impl Authentication {
             failures: RateLimit::new(),
             wrong: RateLimit::new(),
             asking: OriginPermits::default(),
+            questions: Semaphore::new(QUESTIONS_MAX),
             turns: RateLimit::new(),
             deferred: Mutex::new(Cache::new(DEFERRED_MAX)),
         }
@@ -149,12 +155,19 @@ impl Authentication {
     /// origin or for its key id, it is deferred. If it returns, as the client of a right one does, it gets its turn.
     async fn question(&self, key: &FailureKey, token: Digest) -> Result<Question<'_>, WireError> {
         let origin = key.0;
-        let question = |permit| Question { wrong: &self.wrong, origin, is_wrong: true, _permit: permit };
+        let question = async |permit| Question {
+            wrong: &self.wrong,
+            origin,
+            is_wrong: true,
+            _permit: permit,
+            // The semaphore is never closed.
+            _turn: self.questions.acquire().await.ok(),
+        };
         let of_origin = self.wrong.look(&origin, WRONG);
         if of_origin.allowed && self.failures.look(key, FAILURES).allowed {
             let permit = self.asking.acquire(origin, of_origin.remaining as usize + 1);
             if permit.is_some() {
-                return Ok(question(permit));
+                return Ok(question(permit).await);
             }
         }
         let deferred = (origin, token);
@@ -163,7 +176,7 @@ impl Authentication {
         match turn.filter(|turn| turn.allowed) {
             Some(turn) => {
                 time::sleep(turn.reset.saturating_sub(Duration::from_mins(1) / TURNS.per_minute)).await;
-                Ok(question(None))
+                Ok(question(None).await)
             }
             None => {
                 self.deferred.lock().insert(deferred, ());
@@ -233,6 +246,7 @@ struct Question<'a> {
     origin: Option<Origin>,
     is_wrong: bool,
     _permit: Option<OriginPermit>,
+    _turn: Option<SemaphorePermit<'a>>,
 }
 
 impl Question<'_> {
@@ -269,6 +283,7 @@ mod tests {
     use std::cell::Cell;
 
     use futures_util::future::join_all;
+    use protocol::PublicKey;
     use protocol::control::Scope;
     use protocol::policy::TenantPolicy;
     use protocol::token::{RANDOM_BYTES, TokenKind};
@@ -390,6 +405,29 @@ mod tests {
         }
         let allowed = 10 + 5 * began.elapsed().as_secs() as u32 + 60;
         assert!(fixture.calls.get() - before <= allowed, "{} of {allowed}", fixture.calls.get() - before);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn however_many_nodes_show_wrong_tokens_few_are_asked_about_at_a_time_and_a_right_one_gets_its_turn() {
+        let fixture = Fixture::new();
+        let node = |number: u32| {
+            let mut key = [9; 32];
+            key[..4].copy_from_slice(&number.to_le_bytes());
+            Some(Origin::Node(PublicKey(key)))
+        };
+        let tokens: Vec<String> = (0..1_000).map(random_token).collect();
+        let wrong = tokens.iter().zip(0..).map(|(token, number)| {
+            let check = fixture.check_from(node(number), false, token, Err(invalid()));
+            async move { check.await.expect_err("wrong") }
+        });
+        let valid = token(1);
+        let right = fixture.check_from(node(5_000), false, &valid, Ok(grant(None)));
+        let began = Instant::now();
+        let (_, right) = tokio::join!(join_all(wrong), right);
+        assert_eq!(right, Ok(()));
+        assert_eq!(fixture.calls.get(), 1_001);
+        // Each question takes 10 ms.
+        assert!(began.elapsed() >= Duration::from_millis(150), "{:?}", began.elapsed());
     }
 
     /// Returns another token with the key id of `token(1)`: a key id is eight digits in base 62.

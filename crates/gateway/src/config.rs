@@ -38,11 +38,16 @@ pub struct Config {
     /// Maximum number of connections. Further ones are refused.
     pub connections_max: usize,
     /// Maximum number of connections from one IPv4 address or IPv6 /64 network, and of concurrent requests from one
-    /// behind a trusted proxy. Further ones get status 429. 0 means no limit.
+    /// behind a trusted proxy. An IPv6 /48 network may have eight times as many. Further ones get status 429. 0 means no
+    /// limit.
     pub connections_per_address_max: usize,
     /// Networks of the reverse proxies in front of the gateway, such as `10.0.0.0/8` or `192.0.2.7`. From these alone,
     /// the headers `X-Forwarded-For` and `Forwarded` say whose request it is.
     pub trusted_proxies: Vec<ProxyNetwork>,
+    /// Which header of these proxies counts: `x_forwarded_for`, `forwarded`, or `either`. With `either`, a request whose
+    /// two headers disagree counts as the proxy's own. A proxy that writes one header and passes the other on as its
+    /// client wrote it should be named here.
+    pub proxy_header: ProxyHeader,
     /// Maximum number of concurrent jobs. Further ones get status 503.
     pub jobs_max: usize,
     /// Timeout in seconds for receiving a request's head, and for the TLS handshake.
@@ -76,6 +81,19 @@ pub struct Config {
     pub metrics_access: MetricsAccess,
     /// Rate limit of each tenant.
     pub rate_limit: RateLimitConfig,
+}
+
+/// The header that says whose request a proxy passes on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ProxyHeader {
+    /// Either header, or both if they agree.
+    #[default]
+    Either,
+    /// `X-Forwarded-For` alone.
+    XForwardedFor,
+    /// `Forwarded` alone (RFC 7239).
+    Forwarded,
 }
 
 /// Who may read a gateway's metrics.
@@ -116,6 +134,7 @@ impl Default for Config {
             connections_max: 4096,
             connections_per_address_max: 64,
             trusted_proxies: vec![],
+            proxy_header: ProxyHeader::default(),
             jobs_max: 8192,
             header_timeout_secs: 10,
             body_idle_secs: 30,

@@ -23,6 +23,8 @@ pub enum Origin {
 
 /// The bits of an IPv6 address that name the network. A host may use every address of its /64.
 const NETWORK_BITS: u128 = !(u64::MAX as u128);
+/// The bits that name the site. Providers give a customer up to a /48, which has 65,536 networks.
+const SITE_BITS: u128 = !((1 << 80) - 1);
 
 impl Origin {
     /// Returns the origin of an HTTP client with this address.
@@ -33,6 +35,16 @@ impl Origin {
             }
             address => address,
         })
+    }
+
+    /// Returns the first address of the IPv6 /48 around an IPv6 network.
+    pub(crate) fn site(self) -> Option<Ipv6Addr> {
+        match self {
+            Self::Address(IpAddr::V6(address)) if !address.is_loopback() => {
+                Some(Ipv6Addr::from_bits(address.to_bits() & SITE_BITS))
+            }
+            Self::Address(_) | Self::Node(_) => None,
+        }
     }
 }
 
@@ -82,5 +94,14 @@ mod tests {
         assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
         assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
         assert_ne!(of("::1"), of("::2"), "loopback stays what it is");
+    }
+
+    #[test]
+    fn the_networks_of_one_ipv6_site_belong_together() {
+        let site = |text: &str| Origin::of(text.parse().expect("an address")).site();
+        assert_eq!(site("2001:db8:7::1"), site("2001:db8:7:ffff::1"));
+        assert_ne!(site("2001:db8:7::1"), site("2001:db8:8::1"));
+        assert_eq!(site("::1"), None);
+        assert_eq!(site("192.0.2.1"), None);
     }
 }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use http::{HeaderMap, header};
 
-use crate::config::ProxyNetwork;
+use crate::config::{ProxyHeader, ProxyNetwork};
 
 const X_FORWARDED_FOR: &str = "x-forwarded-for";
 
@@ -18,14 +18,24 @@ pub(super) fn is_proxy(peer: IpAddr, proxies: &[ProxyNetwork]) -> bool {
 /// Each proxy appends the address that it sees, so the client is the last one that is not a proxy's. What stands before
 /// it is the client's own word. If the two headers disagree, one of them was written by the client, and the request
 /// counts as the proxy's own.
-pub(super) fn client_address(peer: IpAddr, headers: &HeaderMap, proxies: &[ProxyNetwork]) -> IpAddr {
+pub(super) fn client_address(
+    peer: IpAddr,
+    headers: &HeaderMap,
+    proxies: &[ProxyNetwork],
+    header: ProxyHeader,
+) -> IpAddr {
     let peer = peer.to_canonical();
     if !is_proxy(peer, proxies) {
         return peer;
     }
-    let listed = last_client(peer, &listed(headers), proxies);
-    let forwarded = last_client(peer, &forwarded(headers), proxies);
-    match (listed, forwarded) {
+    let listed = || last_client(peer, &listed(headers), proxies);
+    let forwarded = || last_client(peer, &forwarded(headers), proxies);
+    let named = match header {
+        ProxyHeader::Either => (listed(), forwarded()),
+        ProxyHeader::XForwardedFor => (listed(), None),
+        ProxyHeader::Forwarded => (None, forwarded()),
+    };
+    match named {
         (Some(one), Some(other)) if one != other => peer,
         (one, other) => one.or(other).unwrap_or(peer),
     }
@@ -93,12 +103,16 @@ mod tests {
     use super::*;
 
     fn client(peer: &str, headers: &[(&'static str, &str)]) -> String {
+        client_by(ProxyHeader::Either, peer, headers)
+    }
+
+    fn client_by(header: ProxyHeader, peer: &str, headers: &[(&'static str, &str)]) -> String {
         let proxies = ["10.0.0.0/8", "2001:db8:1::/48"].map(|text| text.parse().expect("a network"));
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             map.append(HeaderName::from_static(name), HeaderValue::from_str(value).expect("a value"));
         }
-        client_address(peer.parse().expect("an address"), &map, &proxies).to_string()
+        client_address(peer.parse().expect("an address"), &map, &proxies, header).to_string()
     }
 
     #[test]
@@ -148,6 +162,14 @@ mod tests {
         let both = |forwarded| client("10.1.1.1", &[("x-forwarded-for", "192.0.2.1"), ("forwarded", forwarded)]);
         assert_eq!(both("for=192.0.2.1"), "192.0.2.1");
         assert_eq!(both("for=203.0.113.5"), "10.1.1.1");
+    }
+
+    #[test]
+    fn a_proxy_whose_header_is_configured_is_believed_whatever_the_other_one_says() {
+        let headers = [("x-forwarded-for", "192.0.2.1"), ("forwarded", "for=203.0.113.5")];
+        assert_eq!(client_by(ProxyHeader::XForwardedFor, "10.1.1.1", &headers), "192.0.2.1");
+        assert_eq!(client_by(ProxyHeader::Forwarded, "10.1.1.1", &headers), "203.0.113.5");
+        assert_eq!(client_by(ProxyHeader::Forwarded, "10.1.1.1", &headers[..1]), "10.1.1.1");
     }
 
     proptest! {

@@ -189,7 +189,7 @@ impl Shared {
 
     /// Answers a request. The permit is held until the response is sent.
     async fn respond(&self, request: Request<Incoming>, peer: IpAddr) -> (Response<Body>, Option<OriginPermit>) {
-        let (origin, permit) = self.identify(request.headers(), peer);
+        let (origin, permit) = self.identify(&request, peer);
         let (mut response, permit) = match permit {
             Ok(permit) => (self.route(request, origin).await, permit),
             Err(TooMany) => (errors::failure(&too_many(self.gateway.config())), None),
@@ -198,10 +198,14 @@ impl Shared {
         (response, permit)
     }
 
-    /// Returns whose request it is, and its permit if it came through a trusted proxy.
-    fn identify(&self, headers: &HeaderMap, peer: IpAddr) -> (Origin, Result<Option<OriginPermit>, TooMany>) {
-        let origin = Origin::of(client_address(peer, headers, &self.gateway.config().trusted_proxies));
-        let permit = if self.is_proxy(peer) { self.permit(origin) } else { Ok(None) };
+    /// Returns whose request it is, and its permit if it came through a trusted proxy. Health checks need none: no
+    /// client can make a gateway look ill to its proxy.
+    fn identify(&self, request: &Request<Incoming>, peer: IpAddr) -> (Origin, Result<Option<OriginPermit>, TooMany>) {
+        let config = self.gateway.config();
+        let client = client_address(peer, request.headers(), &config.trusted_proxies, config.proxy_header);
+        let origin = Origin::of(client);
+        let needs_permit = self.is_proxy(peer) && !router::is_health_check(request.uri().path());
+        let permit = if needs_permit { self.permit(origin) } else { Ok(None) };
         (origin, permit)
     }
 

@@ -106,6 +106,11 @@ async fn document() -> Response<Body> {
     response
 }
 
+/// Returns whether a path is one that supervisors and proxies call to see whether the gateway is well.
+pub(super) fn is_health_check(path: &str) -> bool {
+    ["/healthz", "/health", "/readyz"].contains(&path)
+}
+
 /// Adds the request's id to a response that does not carry its job's id.
 async fn name_request(request: Request, next: Next) -> Response<Body> {
     let name = context(request.extensions()).correlation_id;

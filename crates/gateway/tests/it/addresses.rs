@@ -96,6 +96,27 @@ async fn a_client_behind_a_proxy_has_so_many_requests_at_once_and_the_proxy_any_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_proxys_health_checks_pass_whatever_its_clients_do() {
+    let network = Network::start_with(Config { connections_per_address_max: 2, ..behind_a_proxy() }).await;
+    // A client that writes the header which the proxy does not write counts as the proxy.
+    let begin = async || {
+        let mut body = chat_body("silent");
+        body["stream"] = true.into();
+        let request = network.post("/v1/chat/completions", &body).header("forwarded", "for=203.0.113.5");
+        request.header("x-forwarded-for", "192.0.2.1").send().await.expect("answered")
+    };
+    let running = [begin().await, begin().await];
+    expect_error(begin().await, 429, "rate_limit_exceeded", None).await;
+    assert_eq!(network.request(Method::GET, "/v1/models").send().await.expect("answered").status(), 429);
+    for path in ["/healthz", "/health", "/readyz"] {
+        let checked = network.request(Method::GET, path).send().await.expect("answered");
+        assert_eq!(checked.status(), 200, "{path}");
+    }
+    drop(running);
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_random_tokens_cost_the_registry_a_hundred_questions_at_most() {
     let network = Network::start_with(Config { connections_per_address_max: 0, ..config() }).await;
     for number in 0..1_000_u32 {
