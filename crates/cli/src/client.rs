@@ -139,13 +139,16 @@ impl GatewayClient {
         Self { trust, ..self }
     }
 
-    /// Returns a client of the gateway that the arguments name, else of the data folder's. The key of the folder is
-    /// shown to a gateway that nobody named only if it proves that it runs on the folder.
+    /// Returns a client of the gateway that the arguments name, else of the data folder's. A gateway that nobody named
+    /// is shown a key only if it proves that it runs on the folder, unless the folder knows of no gateway and the key
+    /// is not the folder's.
     pub fn find(args: &ServerArgs, settings: &Settings, data: &DataFolder, env: &Env) -> anyhow::Result<Self> {
         let trust = Trust::new(args.ca.clone(), own_certificate(settings, data));
         let (given, own) = (args.given_key(env)?, data.api_key());
-        let must_prove = args.url.is_none() && given.is_none() && own.is_some();
-        let url = args.url.clone().or_else(|| data.address()).unwrap_or_else(|| usual_url(settings));
+        let recorded = data.address();
+        let is_of_folder = recorded.is_some() || given.is_none() && own.is_some();
+        let must_prove = args.url.is_none() && is_of_folder;
+        let url = args.url.clone().or(recorded).unwrap_or_else(|| usual_url(settings));
         let proof = if must_prove { Some(FolderProof::of(data)?) } else { None };
         Ok(Self { proof, ..Self::new(url, given.or(own))?.trusting(trust) })
     }

@@ -107,16 +107,21 @@ fn a_stale_address_is_told_with_what_to_do() {
 }
 
 #[test]
-fn whoever_names_a_gateway_or_a_key_is_taken_at_their_word() {
+fn whoever_names_a_gateway_is_taken_at_their_word() {
     let (home, impostor) = (Home::apart(), Impostor::start());
     folder(&home, &impostor.url, true);
     home.run(&["nodes", "--url", &impostor.url]);
     assert!(impostor.has_heard_the_key(), "{}", impostor.heard.lock());
-    let impostor = Impostor::start();
+}
+
+#[test]
+fn a_key_that_the_user_names_is_not_shown_at_the_folders_address_without_a_proof() {
+    let (home, impostor) = (Home::apart(), Impostor::start());
     folder(&home, &impostor.url, true);
     let mut nodes = home.command(&["nodes"]);
-    nodes.env("TETHER_API_KEY", KEY).output().expect("the program runs");
-    assert!(impostor.has_heard_the_key());
+    let output = nodes.env("TETHER_API_KEY", KEY).output().expect("the program runs");
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(!impostor.has_heard_the_key(), "{}", impostor.heard.lock());
 }
 
 #[cfg(feature = "llama")]
