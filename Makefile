@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test simulate linearizability interop rolling templates bench bench-engine lint audit fuzz clean
+.PHONY: help build dist demo up test simulate linearizability interop rolling templates bench bench-gateway bench-engine lint audit fuzz clean
 
 # dev shares one build between tests and programs; release is for users.
 PROFILE ?= release
@@ -74,6 +74,12 @@ bench: ## Runs the benchmarks of docs/benchmarks.md
 	@scripts/setup bench
 	BENCH_MODEL=$(abspath $(TARGET_DIR))/bench/qwen2.5-0.5b-q4_0.gguf \
 	  scripts/with-progress cargo bench --workspace --bench '*'
+
+bench-gateway: export BENCH_ROUTERS := $(abspath $(TARGET_DIR))/bench/routers/bin
+bench-gateway: ## Compares the way of a request with other routers, each on one core
+	@scripts/setup bench-gateway
+	scripts/with-progress cargo bench --package tether --bench gateway --no-run
+	taskset -c 1 cargo bench --quiet --package tether --bench gateway
 
 bench-engine: export BENCH_FOLDER := $(abspath $(TARGET_DIR))/bench
 bench-engine: export BENCH_UPSTREAM := $(abspath $(TARGET_DIR))/bench/upstream/build/bin
