@@ -14,6 +14,7 @@ use crate::addresses;
 use crate::args::ServerArgs;
 use crate::download::is_source;
 use crate::local_models;
+use crate::metrics_server::MetricsServer;
 use crate::model_caches;
 use crate::network::Network;
 use crate::output;
@@ -32,6 +33,19 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     // Checked before anything starts: a URL may be invalid.
     let adoption = context.settings.adopt.as_deref().map(Adoption::new).transpose()?;
     let mut network = Network::start(&context.settings, &context.data, shipped()).await?;
+    let metrics = match MetricsServer::open(&context.settings, &network.metrics.exposition).await {
+        Ok(metrics) => metrics,
+        Err(error) => {
+            network.stop().await?;
+            return Err(error);
+        }
+    };
+    let serving = async {
+        if let Some(server) = metrics {
+            server.serve().await;
+        }
+        std::future::pending::<()>().await;
+    };
     if context.settings.network.up_listen.is_some() {
         // Other machines rely on this network, so `tether start` must be able to restart it. A trial run leaves nothing
         // behind.
@@ -56,6 +70,7 @@ pub(super) async fn run(mut context: Context) -> anyhow::Result<Outcome> {
     output::line(greeting(&context, &network, awaited.as_deref(), found.as_deref()));
     let broken = tokio::select! {
         () = stop.cancelled() => None,
+        () = serving => None,
         error = network.broken() => Some(error),
     };
     output::line("stopping");

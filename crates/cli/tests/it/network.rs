@@ -175,3 +175,19 @@ fn adapters_are_added_listed_and_forgotten() {
     assert_eq!(home.run(&["model", "adapter", "rm", "tether-tiny", "privateer"]).status.code(), Some(1));
     assert_eq!(up.end(), Some(0));
 }
+
+#[test]
+fn up_serves_its_metrics_at_the_address_of_the_setting() {
+    use std::io::{Read as _, Write as _};
+    use std::net::{TcpListener, TcpStream};
+
+    let home = Home::new();
+    let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port");
+    let up = home.up(&[("TETHER_METRICS_LISTEN", &free.to_string())]);
+    let mut stream = TcpStream::connect(free).expect("it listens");
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").expect("sent");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("answered");
+    assert!(text.starts_with("HTTP/1.1 200") && text.contains("tether_build_info"), "{text}");
+    assert_eq!(up.end(), Some(0));
+}
