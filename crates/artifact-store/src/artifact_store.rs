@@ -53,7 +53,7 @@ pub struct Stored {
 
 /// How a file was brought into the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum Import {
     /// The store already had the artifact.
     Known,
     /// The file got a second name in the store and takes no extra space.
@@ -75,7 +75,7 @@ pub enum OpenError {
     },
     /// The artifact was found damaged earlier and moved to quarantine.
     #[error("artifact {digest} was damaged and lies in {} now; store it again", path.display())]
-    SetAside {
+    Quarantined {
         digest: Digest,
         /// The path of the damaged file.
         path: PathBuf,
@@ -103,7 +103,7 @@ pub enum PutError {
     TooLarge { bytes_max: u64 },
     /// The disk has no space for a copy.
     #[error("the artifact takes {bytes} bytes, and the disk of {} has {room_bytes} free", folder.display())]
-    NoRoom {
+    NoSpace {
         /// Length of the copy in bytes.
         bytes: u64,
         /// Free bytes on the disk for this user.
@@ -150,7 +150,7 @@ impl ArtifactStore {
         file: &File,
         bytes_max: u64,
         progress: impl FnMut(u64) -> io::Result<()>,
-    ) -> Result<(Stored, Way), PutError> {
+    ) -> Result<(Stored, Import), PutError> {
         self.inner.folder.put_open(file, bytes_max, progress)
     }
 
@@ -162,7 +162,7 @@ impl ArtifactStore {
         path: &Path,
         bytes_max: u64,
         progress: impl FnMut(u64) -> io::Result<()>,
-    ) -> Result<(Stored, Way), PutError> {
+    ) -> Result<(Stored, Import), PutError> {
         self.inner.folder.put_link(path, bytes_max, progress)
     }
 
@@ -215,7 +215,7 @@ impl ArtifactStore {
     }
 
     /// Removes an artifact's mark as fetched, so that it is never evicted. Does nothing if it has no mark.
-    pub fn keep(&self, digest: &Digest) -> io::Result<()> {
+    pub fn unmark(&self, digest: &Digest) -> io::Result<()> {
         self.inner.folder.unmark(digest)
     }
 
@@ -248,7 +248,7 @@ impl ArtifactStore {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let aside = self.inner.folder.aside(digest);
                 return Err(if aside.exists() {
-                    OpenError::SetAside { digest: *digest, path: aside }
+                    OpenError::Quarantined { digest: *digest, path: aside }
                 } else {
                     OpenError::Missing { digest: *digest, path: self.inner.folder.path(digest) }
                 });

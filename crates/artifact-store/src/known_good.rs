@@ -94,7 +94,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use super::*;
-    use crate::{ArtifactStore, OpenError, Way};
+    use crate::{ArtifactStore, Import, OpenError};
 
     const BYTES: usize = BYTES_MIN as usize;
 
@@ -113,13 +113,13 @@ mod tests {
         folder.join("store/sha256").join(&name[..2]).join(name)
     }
 
-    fn stored(folder: &Path, way: Way, length: usize) -> (ArtifactStore, Digest) {
+    fn stored(folder: &Path, import: Import, length: usize) -> (ArtifactStore, Digest) {
         let (store, source) = (store(folder), source(folder, length));
-        let (stored, went) = match way {
-            Way::Linked => store.put_link(&source, u64::MAX, |_| Ok(())).expect("put"),
+        let (stored, went) = match import {
+            Import::Linked => store.put_link(&source, u64::MAX, |_| Ok(())).expect("put"),
             _ => store.put_open(&File::open(&source).expect("opened"), u64::MAX, |_| Ok(())).expect("put"),
         };
-        assert_eq!(went == Way::Linked, way == Way::Linked);
+        assert_eq!(went == Import::Linked, import == Import::Linked);
         (store, stored.digest)
     }
 
@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn a_file_that_was_copied_in_is_hashed_once() {
         let folder = tempfile::tempdir().expect("a folder");
-        let (taking, digest) = stored(folder.path(), Way::Copied, BYTES);
+        let (taking, digest) = stored(folder.path(), Import::Copied, BYTES);
         assert!(is_known_in(folder.path(), &digest));
         assert_eq!(taking.open(&digest).expect("it opens").bytes, BYTES_MIN);
         // Another store of the same folder knows the file as well, but only under its own digest.
@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn a_file_that_has_another_name_elsewhere_is_hashed_at_each_opening() {
         let folder = tempfile::tempdir().expect("a folder");
-        let (_, digest) = stored(folder.path(), Way::Linked, BYTES);
+        let (_, digest) = stored(folder.path(), Import::Linked, BYTES);
         assert!(!is_known_in(folder.path(), &digest));
     }
 
@@ -165,22 +165,22 @@ mod tests {
             let file = OpenOptions::new().write(true).open(path).expect("opened");
             file.set_times(times.expect("told")).expect("set");
         };
-        for (way, change) in [
-            (Way::Copied, overwrite),
-            (Way::Copied, overwrite_with_its_time),
-            (Way::Copied, replace),
-            (Way::Linked, overwrite),
-            (Way::Linked, overwrite_with_its_time),
+        for (import, change) in [
+            (Import::Copied, overwrite),
+            (Import::Copied, overwrite_with_its_time),
+            (Import::Copied, replace),
+            (Import::Linked, overwrite),
+            (Import::Linked, overwrite_with_its_time),
         ] {
             let folder = tempfile::tempdir().expect("a folder");
-            let (store, digest) = stored(folder.path(), way, BYTES);
+            let (store, digest) = stored(folder.path(), import, BYTES);
             let path = path(folder.path(), &digest);
             fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("set");
             change(&path);
-            assert!(matches!(store.open(&digest), Err(OpenError::Mismatch { .. })), "{way:?}");
+            assert!(matches!(store.open(&digest), Err(OpenError::Mismatch { .. })), "{import:?}");
         }
         let folder = tempfile::tempdir().expect("a folder");
-        let (store, digest) = stored(folder.path(), Way::Copied, BYTES);
+        let (store, digest) = stored(folder.path(), Import::Copied, BYTES);
         fs::set_permissions(path(folder.path(), &digest), std::os::unix::fs::PermissionsExt::from_mode(0o600))
             .expect("set");
         assert!(!is_known_in(folder.path(), &digest) && store.open(&digest).is_ok());
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn a_short_file_is_always_hashed() {
         let folder = tempfile::tempdir().expect("a folder");
-        let (_, digest) = stored(folder.path(), Way::Copied, BYTES - 1);
+        let (_, digest) = stored(folder.path(), Import::Copied, BYTES - 1);
         assert!(!is_known_in(folder.path(), &digest));
     }
 }

@@ -11,7 +11,7 @@ mod known_good;
 mod local_folder;
 mod partial;
 
-pub use artifact_store::{ArtifactStore, OpenError, PutError, Stored, VerifiedFile, Way};
+pub use artifact_store::{ArtifactStore, Import, OpenError, PutError, Stored, VerifiedFile};
 pub use copy::hash;
 pub use fetched::{Fetched, InUse};
 pub use partial::{FinishError, Partial};

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use protocol::Digest;
 use tracing::debug;
 
-use crate::artifact_store::{PutError, Stored, Way};
+use crate::artifact_store::{Import, PutError, Stored};
 use crate::copy::{Copy, copy_file_hashed, copy_hashed, hash};
 #[cfg(unix)]
 use crate::known_good;
@@ -68,13 +68,13 @@ impl LocalFolder {
         file: &File,
         bytes_max: u64,
         mut progress: impl FnMut(u64) -> io::Result<()>,
-    ) -> Result<(Stored, Way), PutError> {
+    ) -> Result<(Stored, Import), PutError> {
         let mut part = self.part().map_err(|error| self.failed(error))?;
-        let (stored, way) = if clone_of(file, &part.file) {
-            (hash(&part.file, progress).map_err(Copy::Source), Way::Cloned)
+        let (stored, import) = if clone_of(file, &part.file) {
+            (hash(&part.file, progress).map_err(Copy::Source), Import::Cloned)
         } else {
             self.check_room(file)?;
-            (copy_file_hashed(file, &mut part.file, bytes_max, &mut progress), Way::Copied)
+            (copy_file_hashed(file, &mut part.file, bytes_max, &mut progress), Import::Copied)
         };
         let stored = stored.map_err(|error| self.copy_failed(error, bytes_max))?;
         if stored.bytes > bytes_max {
@@ -86,7 +86,7 @@ impl LocalFolder {
             remember(&file, &stored.digest, settled)
         });
         kept.map_err(|error| self.failed(error))?;
-        Ok((stored, way))
+        Ok((stored, import))
     }
 
     pub(crate) fn put_link(
@@ -94,7 +94,7 @@ impl LocalFolder {
         path: &Path,
         bytes_max: u64,
         progress: impl FnMut(u64) -> io::Result<()>,
-    ) -> Result<(Stored, Way), PutError> {
+    ) -> Result<(Stored, Import), PutError> {
         // A hard link to a symbolic link would not be a plain file.
         let path = &fs::canonicalize(path).map_err(PutError::Source)?;
         let part = self.part().map_err(|error| self.failed(error))?;
@@ -116,7 +116,7 @@ impl LocalFolder {
         let placed = self.install(&part.path, &file, &stored.digest).and_then(|()| self.unmark(&stored.digest));
         // The file is not remembered as hashed, since it may be written through its other name.
         placed.map_err(|error| self.failed(error))?;
-        Ok((stored, Way::Linked))
+        Ok((stored, Import::Linked))
     }
 
     pub(crate) fn root(&self) -> &Path {
@@ -155,7 +155,7 @@ impl LocalFolder {
         // If the system does not report its free space, the copy itself finds out.
         match self.room_bytes() {
             Ok(room_bytes) if room_bytes < bytes => {
-                Err(PutError::NoRoom { bytes, room_bytes, folder: self.root.clone() })
+                Err(PutError::NoSpace { bytes, room_bytes, folder: self.root.clone() })
             }
             _ => Ok(()),
         }

@@ -9,7 +9,7 @@ use std::io::Read as _;
 use std::path::{self, Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use artifact_store::{ArtifactStore, Stored, Way};
+use artifact_store::{ArtifactStore, Import, Stored};
 use metadata_store::RegistryStore;
 use protocol::model::ModelEntry;
 use protocol::{Digest, ModelName, ModelVersion};
@@ -191,7 +191,7 @@ pub fn take(
     file: &ModelFile,
     how: Take,
     stop: &CancellationToken,
-) -> anyhow::Result<(Stored, Way)> {
+) -> anyhow::Result<(Stored, Import)> {
     let path = path::absolute(file.first())?.display().to_string();
     let mut known = read_index(index);
     let (bytes, modified_nanos) = file.stamp()?;
@@ -200,17 +200,17 @@ pub fn take(
         && artifacts.contains(&known.digest)
     {
         // The file may have been fetched from another node. From here on it is not evicted as such.
-        artifacts.keep(&known.digest).context("could not keep the model's file")?;
-        return Ok((Stored { digest: known.digest, bytes: file.bytes()? }, Way::Known));
+        artifacts.unmark(&known.digest).context("could not mark the model's file")?;
+        return Ok((Stored { digest: known.digest, bytes: file.bytes()? }, Import::Known));
     }
-    let (stored, way) = file.put(artifacts, how, stop)?;
+    let (stored, import) = file.put(artifacts, how, stop)?;
     info!(file = path, digest = %stored.digest, bytes = stored.bytes, "the model's file is in the store");
     known.insert(path, Known { bytes, modified_nanos, digest: stored.digest });
     // If this fails, the next start only has to read the file again.
     if let Err(error) = write_index(index, &known) {
         warn!(file = %index.display(), %error, "could not write down which files are in the store");
     }
-    Ok((stored, way))
+    Ok((stored, import))
 }
 
 /// Returns the digest of what was last downloaded from a source.

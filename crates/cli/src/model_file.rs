@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use anyhow::{Context as _, anyhow, bail, ensure};
-use artifact_store::{ArtifactStore, Stored, Way};
+use artifact_store::{ArtifactStore, Import, Stored};
 use engine::gguf::{self, Header, Joined};
 use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use protocol::ModelName;
@@ -144,7 +144,7 @@ impl ModelFile {
         artifacts: &ArtifactStore,
         take: Take,
         stop: &CancellationToken,
-    ) -> anyhow::Result<(Stored, Way)> {
+    ) -> anyhow::Result<(Stored, Import)> {
         let shown = self.first().display();
         let bytes = self.bytes()?;
         if take == Take::Copy || self.is_split() {
@@ -159,7 +159,7 @@ impl ModelFile {
         let put = match &self.joined {
             Some(joined) => {
                 let reader = Watched { reader: joined.reader(&self.files), done: 0, went };
-                artifacts.put(reader, bytes).map(|stored| (stored, Way::Copied))
+                artifacts.put(reader, bytes).map(|stored| (stored, Import::Copied))
             }
             None if take == Take::Link => artifacts.put_link(self.first(), bytes, went),
             None => artifacts.put_open(&self.files[0], bytes, went),

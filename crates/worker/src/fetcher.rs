@@ -82,7 +82,7 @@ pub(crate) enum FetchError {
     #[error("the registry no longer lists the model's file")]
     Withdrawn,
     #[error("the disk has no room for the model's file: {0}")]
-    NoRoom(Shortage),
+    NoSpace(Shortage),
     #[error("the model's file could not be written: {0}")]
     Disk(#[from] io::Error),
     #[error("the model's file could not be fetched: {0}")]
@@ -377,11 +377,11 @@ impl Fetcher {
         // Nothing is evicted unless that frees enough.
         let can_leave = fetched.iter().filter(|fetched| !self.store.is_in_use(&fetched.digest));
         if usage.missing(wanted) > can_leave.map(|fetched| fetched.bytes).sum() {
-            return Err(FetchError::NoRoom(shortage));
+            return Err(FetchError::NoSpace(shortage));
         }
         let mut oldest = fetched.into_iter();
         while usage.missing(wanted) > 0 {
-            let Some(next) = oldest.next() else { return Err(FetchError::NoRoom(shortage)) };
+            let Some(next) = oldest.next() else { return Err(FetchError::NoSpace(shortage)) };
             let store = self.store.clone();
             if finished(self.blocking.spawn_blocking(move || store.evict(&next.digest))).await? {
                 info!(digest = %next.digest, bytes = next.bytes, "a file that was fetched makes room for another");

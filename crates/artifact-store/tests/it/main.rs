@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use protocol::Digest;
 use tempfile::TempDir;
-use tether_artifact_store::{ArtifactStore, FinishError, OpenError, Partial, PutError, Way, hash};
+use tether_artifact_store::{ArtifactStore, FinishError, Import, OpenError, Partial, PutError, hash};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -88,8 +88,8 @@ fn an_open_file_is_shared_or_copied_whatever_its_length() {
             bytes_done = done;
             Ok(())
         };
-        let (stored, way) = store.put_open(&fs::File::open(&source).expect("opened"), length, tell).expect("put");
-        assert!(matches!(way, Way::Cloned | Way::Copied), "{way:?}");
+        let (stored, import) = store.put_open(&fs::File::open(&source).expect("opened"), length, tell).expect("put");
+        assert!(matches!(import, Import::Cloned | Import::Copied), "{import:?}");
         assert_eq!((stored.digest, stored.bytes, bytes_done), (Digest::of(&bytes), length, length));
         fs::write(&source, b"other").expect("written");
         assert_eq!(read(&store, &stored.digest), bytes);
@@ -122,7 +122,7 @@ fn a_file_that_the_disk_has_no_room_for_is_refused_before_it_is_copied() {
         Err(std::io::Error::other("where it is shared, it is stopped here"))
     });
     match outcome {
-        Err(PutError::NoRoom { bytes, .. }) => assert_eq!((bytes, steps), (room + (64 << 30), 0)),
+        Err(PutError::NoSpace { bytes, .. }) => assert_eq!((bytes, steps), (room + (64 << 30), 0)),
         Err(PutError::Source(_)) => {}
         outcome => panic!("{outcome:?}"),
     }
@@ -136,8 +136,8 @@ fn a_linked_file_takes_no_room_and_is_found_out_where_it_is_changed() {
     fs::write(&source, content()).expect("written");
     std::os::unix::fs::symlink("blob", &link).expect("linked");
     for _ in 0..2 {
-        let (stored, way) = store.put_link(&link, MIB, went).expect("put");
-        assert_eq!((stored.digest, way), (Digest::of(&content()), Way::Linked));
+        let (stored, import) = store.put_link(&link, MIB, went).expect("put");
+        assert_eq!((stored.digest, import), (Digest::of(&content()), Import::Linked));
         assert_eq!(read(&store, &stored.digest), content());
     }
     assert_eq!(names(&folder.path().join("incoming")), [""; 0]);
@@ -405,7 +405,7 @@ fn what_is_brought_to_this_machine_or_kept_counts_as_fetched_no_more() {
     let [one, two] = [b"one", b"two"].map(|bytes| fetch(&store, bytes));
     store.put(&b"one"[..], 3).expect("put");
     assert_eq!(fetched(&store), [two]);
-    store.keep(&two).expect("kept");
+    store.unmark(&two).expect("kept");
     assert!(fetched(&store).is_empty());
     assert!(!store.evict(&one).expect("looked at") && store.contains(&one) && store.contains(&two));
 }

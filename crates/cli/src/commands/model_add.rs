@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use artifact_store::{ArtifactStore, Way};
+use artifact_store::{ArtifactStore, Import};
 use engine::memory_plan::CONTEXT_DEFAULT;
 use http::Uri;
 use indicatif::DecimalBytes;
@@ -403,9 +403,9 @@ async fn add(
             }
         })
     };
-    let (stored, way) = put.await??;
+    let (stored, import) = put.await??;
     let is_listed = |entry: &ModelEntry| entry.digest == stored.digest;
-    let is_known = way == Way::Known || catalog.models.iter().any(is_listed);
+    let is_known = import == Import::Known || catalog.models.iter().any(is_listed);
     // A file that no model in the catalogue uses is deleted again.
     let forget = || if is_known { Ok(false) } else { artifacts.remove(&stored.digest) };
     if let Some(expected) = expected.filter(|expected| *expected != stored.digest) {
@@ -424,7 +424,8 @@ async fn add(
     match register(context, admin, new).await {
         Ok(entry) => {
             // A downloaded file belongs to the store only, so it counts as copied.
-            let line = if stays { added_line(&entry, take, way) } else { added_line(&entry, Take::Copy, Way::Copied) };
+            let line =
+                if stays { added_line(&entry, take, import) } else { added_line(&entry, Take::Copy, Import::Copied) };
             Ok((entry, line))
         }
         Err(error) => {
@@ -459,11 +460,11 @@ fn check_free(
     Ok(())
 }
 
-fn added_line(entry: &ModelEntry, take: Take, way: Way) -> String {
-    let how = match (way, take) {
-        (Way::Known, _) => " (its file was in the store already)",
-        (Way::Linked | Way::Cloned, Take::Link) => " (its file takes no further room)",
-        (Way::Copied, Take::Link) => " (its file had to be copied: it is split, or lies on another disk)",
+fn added_line(entry: &ModelEntry, take: Take, import: Import) -> String {
+    let how = match (import, take) {
+        (Import::Known, _) => " (its file was in the store already)",
+        (Import::Linked | Import::Cloned, Take::Link) => " (its file takes no further room)",
+        (Import::Copied, Take::Link) => " (its file had to be copied: it is split, or lies on another disk)",
         _ => "",
     };
     let facts = entry.facts.as_ref().map(|facts| format!(": {}", summary(facts, entry.bytes))).unwrap_or_default();
