@@ -18,7 +18,7 @@ use rpc::ResponseSink;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::model_loader::adapters::Lease;
+use crate::model_loader::adapters::AdapterGuard;
 use crate::model_loader::cache::{Entry, Hold};
 use crate::model_loader::{LoadError, LoadFailed, ModelLoader};
 use choices::Choices;
@@ -42,7 +42,7 @@ pub(crate) struct Begun {
     model: ModelId,
     work: Work,
     /// Keeps the adapter attached.
-    _adapter: Option<Lease>,
+    _adapter: Option<AdapterGuard>,
     /// Keeps the model in memory.
     _hold: Hold,
 }
@@ -105,7 +105,7 @@ impl ExecutionEngine {
         loop {
             let model = hold.loaded.id;
             let error = match self.begin_on(&hold.loaded, &entry, &request).await {
-                Ok((work, lease)) => return Ok(Begun { entry, model, work, _adapter: lease, _hold: hold }),
+                Ok((work, guard)) => return Ok(Begun { entry, model, work, _adapter: guard, _hold: hold }),
                 Err(NotBegun::Refused(error)) => return Err(error),
                 Err(NotBegun::Engine(error)) => error,
             };
@@ -124,13 +124,13 @@ impl ExecutionEngine {
         loaded: &LoadedModel,
         entry: &Entry,
         request: &InferRequest,
-    ) -> Result<(Work, Option<Lease>), NotBegun> {
+    ) -> Result<(Work, Option<AdapterGuard>), NotBegun> {
         let model = loaded.id;
         if request.input.count_only {
             let counted = self.runtime.count_tokens(model, &prompt(&request.input)).await?;
             return Ok((Work::Count(counted), None));
         }
-        let (adapter, lease) = self.attach(entry, model, request).await?.unzip();
+        let (adapter, guard) = self.attach(entry, model, request).await?.unzip();
         let work = match &request.input.embed {
             Some(_) if request.input.adapter.is_some() => {
                 return Err(unsupported("adapter", "vectors are made by the model alone").into());
@@ -138,7 +138,7 @@ impl ExecutionEngine {
             Some(inputs) => Work::Vectors(self.embed(loaded, inputs, request.input.dimensions).await?),
             None => Work::Choices(Box::new(self.generate(loaded, adapter, request).await?)),
         };
-        Ok((work, lease))
+        Ok((work, guard))
     }
 
     /// Returns the attached adapter that a job asks for; `None` if it is merged into the weights.
@@ -147,7 +147,7 @@ impl ExecutionEngine {
         entry: &Entry,
         model: ModelId,
         request: &InferRequest,
-    ) -> Result<Option<(AdapterId, Lease)>, NotBegun> {
+    ) -> Result<Option<(AdapterId, AdapterGuard)>, NotBegun> {
         let Some(adapter) = request.input.adapter.as_ref().and_then(|name| entry.model.adapter(name)) else {
             return Ok(None);
         };

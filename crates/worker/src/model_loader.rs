@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
-use adapters::Lease;
+use adapters::AdapterGuard;
 use cache::{Entry, Hold, Load, ModelCache, Status};
 use residency::{Memory, Order, Residency, ResidencyFacts};
 
@@ -462,9 +462,9 @@ impl ModelLoader {
         entry: &Entry,
         model: ModelId,
         adapter: &ServedAdapter,
-    ) -> Result<(AdapterId, Lease), LoadError> {
-        let lease = entry.adapters.lease(model, &adapter.name).await.ok_or(EngineError::NotLoaded)?;
-        let attaching = lease.id.get_or_try_init(|| async {
+    ) -> Result<(AdapterId, AdapterGuard), LoadError> {
+        let guard = entry.adapters.acquire(model, &adapter.name).await.ok_or(EngineError::NotLoaded)?;
+        let attaching = guard.id.get_or_try_init(|| async {
             while let Some(evicted) = entry.adapters.evicted(model) {
                 // An adapter that could not be removed does no harm, and goes with the engine.
                 if let Err(error) = self.runtime.remove_adapter(model, evicted).await {
@@ -479,7 +479,7 @@ impl ModelLoader {
         });
         let id = *attaching.await.inspect_err(|error| self.count(error))?;
         self.changes.send_replace(());
-        Ok((id, lease))
+        Ok((id, guard))
     }
 
     /// Loads one model whenever it is wanted and fits, waits until it dies or is unloaded, and starts over.

@@ -5,7 +5,7 @@
 //! encrypted frame arrives.
 
 mod known_addresses;
-mod way;
+mod path;
 
 use std::collections::VecDeque;
 use std::net::SocketAddrV4;
@@ -17,7 +17,7 @@ use tokio::time::{self, Instant};
 use tracing::{debug, trace};
 
 pub(super) use self::known_addresses::KnownAddresses;
-use self::way::{Facts, Way};
+use self::path::{Facts, Path};
 use super::Shared;
 use super::commands::PEER_HANDSHAKE;
 use super::handshake::{Handshake, Mode};
@@ -201,7 +201,7 @@ impl<'a> Attempt<'a> {
         }
         let Some(UdxInfo { id, .. }) = answer.payload.udx else { return Err(ConnectError::Incompatible) };
         *step = Step::Stream;
-        let (socket, address) = self.way(&answer).await?;
+        let (socket, address) = self.path(&answer).await?;
         trace!(remote = %self.remote, %address, "the server answered");
         self.stream.connect(&socket, id, address);
         let connection = SecretStream::new(self.stream, answer.session, options.stream);
@@ -284,13 +284,13 @@ impl<'a> Attempt<'a> {
     }
 
     /// Returns how to reach the server that responded, once that is certain enough.
-    async fn way(&self, answer: &Answer) -> Result<(udx::Socket, SocketAddrV4), ConnectError> {
+    async fn path(&self, answer: &Answer) -> Result<(udx::Socket, SocketAddrV4), ConnectError> {
         // If this client is not firewalled, the server may have sent to it already.
-        if let Some(Some(way)) = self.stream.first_packet().now_or_never() {
-            return Ok(way);
+        if let Some(Some(path)) = self.stream.first_packet().now_or_never() {
+            return Ok(path);
         }
         let server_socket = self.shared.rpc.server_socket();
-        let way = Way::choose(Facts {
+        let path = Path::choose(Facts {
             relay: answer.relay,
             server: answer.server,
             client: answer.client,
@@ -298,17 +298,17 @@ impl<'a> Attempt<'a> {
             is_open: self.is_open,
             payload: &answer.payload,
         });
-        let way = match way {
-            Way::Straight(address) => Some((self.socket.clone(), address)),
-            Way::Await => time::timeout(PASSIVE, self.stream.first_packet()).await.ok().flatten(),
-            Way::Local(address) => {
+        let path = match path {
+            Path::Straight(address) => Some((self.socket.clone(), address)),
+            Path::Await => time::timeout(PASSIVE, self.stream.first_packet()).await.ok().flatten(),
+            Path::Local(address) => {
                 let options = RequestOptions { socket: Some(server_socket.clone()), ..RequestOptions::default() };
                 let pong = self.shared.rpc.ping(address, options).await;
                 pong.is_ok().then_some((server_socket, address))
             }
-            Way::None => None,
+            Path::None => None,
         };
-        way.ok_or(ConnectError::Unreachable)
+        path.ok_or(ConnectError::Unreachable)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Each server has one task that responds to handshakes. A connection is handed out only after the client's first
 //! encrypted frame has arrived, so an incomplete handshake never becomes a connection.
 
-mod answers;
+mod response_cache;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,7 +19,7 @@ use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, trace};
 
-use self::answers::Answers;
+use self::response_cache::ResponseCache;
 use super::HyperDht;
 use super::announcer::Announcer;
 use super::noise_payload::{Firewall, NoisePayload, Refusal, UdxInfo};
@@ -210,7 +210,7 @@ struct ServerTask {
 impl ServerTask {
     /// Responds to handshakes until the server is stopped.
     async fn run(mut self) {
-        let mut answers = Answers::default();
+        let mut responses = ResponseCache::default();
         let mut half_open: BTreeMap<u64, (udx::Stream, Option<Ipv4Addr>)> = BTreeMap::new();
         let mut opening = FuturesUnordered::new();
         let mut opened = 0_u64;
@@ -225,7 +225,7 @@ impl ServerTask {
                 }
                 incoming = self.inbox.recv() => {
                     let Some(incoming) = incoming else { break };
-                    let Some(mut opened_one) = self.on_handshake(&mut answers, incoming) else { continue };
+                    let Some(mut opened_one) = self.on_handshake(&mut responses, incoming) else { continue };
                     opened += 1;
                     opened_one.send_first_within_limit(half_open.values().filter_map(|(_, host)| *host));
                     half_open.insert(opened, (opened_one.stream.clone(), opened_one.host()));
@@ -244,10 +244,10 @@ impl ServerTask {
     }
 
     /// Responds to one handshake. Returns the connection that it opens, if any.
-    fn on_handshake(&self, answers: &mut Answers, incoming: Incoming) -> Option<HalfOpen> {
+    fn on_handshake(&self, responses: &mut ResponseCache, incoming: Incoming) -> Option<HalfOpen> {
         let Incoming { noise, back, request } = incoming;
         let (answer, half_open) =
-            answers.get_or_make(&noise, Instant::now(), || self.shake_hands(&noise, back, &request))?;
+            responses.get_or_make(&noise, Instant::now(), || self.shake_hands(&noise, back, &request))?;
         send(&request, back, &answer);
         half_open
     }
@@ -285,14 +285,14 @@ impl ServerTask {
             stream.destroy();
             return None;
         };
-        let way = if back.is_direct() {
+        let path = if back.is_direct() {
             Some((request.socket.clone(), back.client()))
         } else if payload.firewall == Firewall::Open {
             Some((self.rpc.socket(), back.client()))
         } else {
             None
         };
-        Some((answer.into(), Some(HalfOpen { stream, remote_id: remote.id, session, way })))
+        Some((answer.into(), Some(HalfOpen { stream, remote_id: remote.id, session, path })))
     }
 
     /// Returns the client's stream, or the reason to reject the client.
@@ -325,13 +325,13 @@ struct HalfOpen {
     remote_id: u32,
     session: Session,
     /// The client's address, if it can be reached before it sends.
-    way: Option<(udx::Socket, SocketAddrV4)>,
+    path: Option<(udx::Socket, SocketAddrV4)>,
 }
 
 impl HalfOpen {
     /// Returns the host that the server sends to before it has heard from it on the stream.
     fn host(&self) -> Option<Ipv4Addr> {
-        self.way.as_ref().map(|(_, address)| *address.ip())
+        self.path.as_ref().map(|(_, address)| *address.ip())
     }
 
     /// Waits for the client to send first if too many others of its host have not sent yet.
@@ -339,19 +339,19 @@ impl HalfOpen {
         // All nodes of a test network run on one host, and nobody else receives what is sent there.
         let Some(host) = self.host().filter(|host| !host.is_loopback()) else { return };
         if hosts.filter(|other| *other == host).count() >= SENT_FIRST_MAX {
-            self.way = None;
+            self.path = None;
         }
     }
 
     /// Waits until the client's first encrypted frame arrives.
     async fn open(self, options: secret_stream::Options) -> Option<SecretStream> {
-        let Self { stream, remote_id, session, way } = self;
+        let Self { stream, remote_id, session, path } = self;
         let deadline = Instant::now() + HALF_OPEN;
-        let way = match way {
-            Some(way) => Some(way),
+        let path = match path {
+            Some(path) => Some(path),
             None => time::timeout_at(deadline, stream.first_packet()).await.ok().flatten(),
         };
-        let Some((socket, address)) = way else {
+        let Some((socket, address)) = path else {
             stream.destroy();
             return None;
         };

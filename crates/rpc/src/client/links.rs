@@ -79,7 +79,7 @@ impl Suspicion {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    fn settle(&self) {
+    fn clear(&self) {
         self.0.store(false, Ordering::Relaxed);
     }
 
@@ -151,7 +151,7 @@ impl Link {
             let ping = self.connection.request(NODE_PING, Bytes::from(codec::encode(&Empty {})));
             match time::timeout(PING_WITHIN, ping).await {
                 // Any response, even an error, proves that the peer is alive.
-                Ok(Ok(_) | Err(RequestError::Remote(_))) => self.suspicion.settle(),
+                Ok(Ok(_) | Err(RequestError::Remote(_))) => self.suspicion.clear(),
                 // A peer that pauses may go on with its streams, so the connection is not closed.
                 Ok(Err(RequestError::Transport(_))) | Err(_) => {
                     self.is_retired.store(true, Ordering::Relaxed);

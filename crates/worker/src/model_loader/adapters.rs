@@ -12,14 +12,14 @@ use tokio::sync::{Notify, OnceCell};
 #[derive(Debug)]
 pub(crate) struct Adapters {
     most: usize,
-    shelf: Mutex<Shelf>,
+    attachments: Mutex<Attachments>,
     /// Notified when an adapter is no longer used.
     freed: Notify,
 }
 
 /// The adapters of the present engine, attached or still to be removed.
 #[derive(Debug, Default)]
-struct Shelf {
+struct Attachments {
     /// The engine that they are attached to; another engine has none of them.
     engine: Option<ModelId>,
     /// Least recently used first.
@@ -38,7 +38,7 @@ struct Attached {
 
 /// Marks an adapter as in use. The adapter stays attached while this lives.
 #[derive(Debug)]
-pub(crate) struct Lease {
+pub(crate) struct AdapterGuard {
     adapters: Arc<Adapters>,
     engine: ModelId,
     name: AdapterName,
@@ -49,29 +49,29 @@ pub(crate) struct Lease {
 impl Adapters {
     /// Creates an empty set for up to `most` adapters, at least one.
     pub(crate) fn new(most: u32) -> Arc<Self> {
-        Arc::new(Self { most: most.max(1) as usize, shelf: Mutex::default(), freed: Notify::new() })
+        Arc::new(Self { most: most.max(1) as usize, attachments: Mutex::default(), freed: Notify::new() })
     }
 
     /// Replaces the engine. Earlier adapters are forgotten, and callers that wait for the old engine get `None`.
     pub(crate) fn begin(&self, engine: ModelId) {
-        *self.shelf() = Shelf { engine: Some(engine), ..Shelf::default() };
+        *self.attachments() = Attachments { engine: Some(engine), ..Attachments::default() };
         self.freed.notify_waiters();
     }
 
     /// Marks an adapter as in use, and makes it one of the attached ones. If the maximum is attached, evicts the least
     /// recently used idle adapter. Waits while all are in use. Returns `None` if the engine is not the present one.
     /// Cancel safe.
-    pub(crate) async fn lease(self: &Arc<Self>, engine: ModelId, name: &AdapterName) -> Option<Lease> {
+    pub(crate) async fn acquire(self: &Arc<Self>, engine: ModelId, name: &AdapterName) -> Option<AdapterGuard> {
         loop {
             // Subscribes before it checks, so that an adapter that is freed in between is not missed.
             let freed = self.freed.notified();
             {
-                let mut shelf = self.shelf();
-                if shelf.engine != Some(engine) {
+                let mut attachments = self.attachments();
+                if attachments.engine != Some(engine) {
                     return None;
                 }
-                if let Some(id) = shelf.take(name, self.most) {
-                    return Some(Lease { adapters: self.clone(), engine, name: name.clone(), id });
+                if let Some(id) = attachments.take(name, self.most) {
+                    return Some(AdapterGuard { adapters: self.clone(), engine, name: name.clone(), id });
                 }
             }
             freed.await;
@@ -80,32 +80,32 @@ impl Adapters {
 
     /// Returns an adapter that must still be removed from the engine.
     pub(crate) fn evicted(&self, engine: ModelId) -> Option<AdapterId> {
-        let shelf = self.shelf();
-        if shelf.engine == Some(engine) { shelf.evicted.last().copied() } else { None }
+        let attachments = self.attachments();
+        if attachments.engine == Some(engine) { attachments.evicted.last().copied() } else { None }
     }
 
     /// Records that an adapter was removed from an engine.
     pub(crate) fn removed(&self, engine: ModelId, id: AdapterId) {
-        let mut shelf = self.shelf();
-        if shelf.engine == Some(engine) {
-            shelf.evicted.retain(|evicted| *evicted != id);
+        let mut attachments = self.attachments();
+        if attachments.engine == Some(engine) {
+            attachments.evicted.retain(|evicted| *evicted != id);
         }
     }
 
     /// Returns the attached adapters.
     pub(crate) fn attached(&self, engine: ModelId) -> Vec<AdapterName> {
-        let shelf = self.shelf();
-        let ready = shelf.attached.iter().filter(|attached| attached.id.initialized());
+        let attachments = self.attachments();
+        let ready = attachments.attached.iter().filter(|attached| attached.id.initialized());
         let names = ready.map(|attached| attached.name.clone());
-        if shelf.engine == Some(engine) { names.collect() } else { Vec::new() }
+        if attachments.engine == Some(engine) { names.collect() } else { Vec::new() }
     }
 
-    fn shelf(&self) -> MutexGuard<'_, Shelf> {
-        self.shelf.lock()
+    fn attachments(&self) -> MutexGuard<'_, Attachments> {
+        self.attachments.lock()
     }
 }
 
-impl Shelf {
+impl Attachments {
     fn take(&mut self, name: &AdapterName, most: usize) -> Option<Arc<OnceCell<AdapterId>>> {
         let mut found = match self.attached.iter().position(|attached| attached.name == *name) {
             Some(position) => self.attached.remove(position),
@@ -124,14 +124,14 @@ impl Shelf {
     }
 }
 
-impl Drop for Lease {
+impl Drop for AdapterGuard {
     fn drop(&mut self) {
         {
-            let mut shelf = self.adapters.shelf();
-            if shelf.engine != Some(self.engine) {
+            let mut attachments = self.adapters.attachments();
+            if attachments.engine != Some(self.engine) {
                 return;
             }
-            if let Some(attached) = shelf.attached.iter_mut().find(|attached| attached.name == self.name) {
+            if let Some(attached) = attachments.attached.iter_mut().find(|attached| attached.name == self.name) {
                 attached.users = attached.users.saturating_sub(1);
             }
         }
@@ -159,10 +159,10 @@ mod tests {
     }
 
     /// Leases an adapter and attaches it under this number if it is not attached yet.
-    async fn attach(adapters: &Arc<Adapters>, text: &str, number: u64) -> Lease {
-        let lease = adapters.lease(ENGINE, &name(text)).await.expect("the engine is the present one");
-        lease.id.get_or_init(|| async { AdapterId(number) }).await;
-        lease
+    async fn attach(adapters: &Arc<Adapters>, text: &str, number: u64) -> AdapterGuard {
+        let guard = adapters.acquire(ENGINE, &name(text)).await.expect("the engine is the present one");
+        guard.id.get_or_init(|| async { AdapterId(number) }).await;
+        guard
     }
 
     #[tokio::test]
@@ -185,7 +185,7 @@ mod tests {
         let (first, second) = (attach(&adapters, "a", 1).await, attach(&adapters, "a", 9).await);
         assert_eq!(second.id.get(), Some(&AdapterId(1)), "attached once");
         let b = name("b");
-        let mut other = Box::pin(adapters.lease(ENGINE, &b));
+        let mut other = Box::pin(adapters.acquire(ENGINE, &b));
         assert!((&mut other).now_or_never().is_none());
         drop(first);
         assert!((&mut other).now_or_never().is_none());
@@ -199,15 +199,15 @@ mod tests {
         let adapters = adapters(1);
         let old = attach(&adapters, "a", 1).await;
         let (a, b) = (name("a"), name("b"));
-        let mut waiting = Box::pin(adapters.lease(ENGINE, &b));
+        let mut waiting = Box::pin(adapters.acquire(ENGINE, &b));
         assert!((&mut waiting).now_or_never().is_none());
         let next = ModelId(2);
         adapters.begin(next);
         assert!(waiting.await.is_none(), "who waits for the old one waits in vain");
         assert_eq!(adapters.attached(next), []);
-        let new = adapters.lease(next, &a).await.expect("there is room");
+        let new = adapters.acquire(next, &a).await.expect("there is room");
         assert_eq!(new.id.get(), None);
         drop(old);
-        assert!(adapters.lease(next, &b).now_or_never().is_none(), "only its own place was given back");
+        assert!(adapters.acquire(next, &b).now_or_never().is_none(), "only its own place was given back");
     }
 }

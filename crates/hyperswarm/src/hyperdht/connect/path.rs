@@ -6,7 +6,7 @@ use crate::hyperdht::noise_payload::{Firewall, NoisePayload};
 
 /// How to reach a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum Path {
     /// The server accepts packets from anyone at this address.
     Straight(SocketAddrV4),
     /// The server is firewalled but this node is not: the server connects to this node.
@@ -34,7 +34,7 @@ pub(super) struct Facts<'a> {
     pub(super) payload: &'a NoisePayload,
 }
 
-impl Way {
+impl Path {
     /// Decides as the Node package does.
     pub(super) fn choose(facts: Facts<'_>) -> Self {
         let Facts { payload, .. } = facts;
@@ -113,25 +113,25 @@ mod tests {
     #[test]
     fn an_open_server_is_reached_where_it_says_or_where_its_relay_sees_it() {
         let mut payload = NoisePayload { firewall: Firewall::Open, ..NoisePayload::default() };
-        assert_eq!(Way::choose(facts(&payload)), Way::Straight(address("2.2.2.2:2")));
+        assert_eq!(Path::choose(facts(&payload)), Path::Straight(address("2.2.2.2:2")));
         payload.addresses4 = vec![address("192.168.1.7:5"), address("2.2.2.2:7")];
-        assert_eq!(Way::choose(facts(&payload)), Way::Straight(address("2.2.2.2:7")));
+        assert_eq!(Path::choose(facts(&payload)), Path::Straight(address("2.2.2.2:7")));
         // Private addresses are used if hole punching is impossible, as there is nothing better to try.
         payload.firewall = Firewall::Consistent;
-        assert_eq!(Way::choose(facts(&payload)), Way::Straight(address("2.2.2.2:7")));
+        assert_eq!(Path::choose(facts(&payload)), Path::Straight(address("2.2.2.2:7")));
         let direct = Facts { server: None, ..facts(&payload) };
-        assert_eq!(Way::choose(direct), Way::Straight(address("1.1.1.1:1")));
+        assert_eq!(Path::choose(direct), Path::Straight(address("1.1.1.1:1")));
     }
 
     #[test]
     fn a_firewalled_server_comes_to_an_open_client_or_is_near_or_out_of_reach() {
         let payload = firewalled(vec![address("192.168.1.7:5")]);
-        assert_eq!(Way::choose(Facts { is_open: true, ..facts(&payload) }), Way::Await);
+        assert_eq!(Path::choose(Facts { is_open: true, ..facts(&payload) }), Path::Await);
         let behind_one_router = Facts { client: address("2.2.2.2:9"), ..facts(&payload) };
-        assert_eq!(Way::choose(behind_one_router), Way::Local(address("192.168.1.7:5")));
-        assert_eq!(Way::choose(facts(&payload)), Way::None);
+        assert_eq!(Path::choose(behind_one_router), Path::Local(address("192.168.1.7:5")));
+        assert_eq!(Path::choose(facts(&payload)), Path::None);
         let nowhere = firewalled(Vec::new());
-        assert_eq!(Way::choose(Facts { payload: &nowhere, ..behind_one_router }), Way::None);
+        assert_eq!(Path::choose(Facts { payload: &nowhere, ..behind_one_router }), Path::None);
     }
 
     fn addresses(texts: &[&str]) -> Vec<SocketAddrV4> {

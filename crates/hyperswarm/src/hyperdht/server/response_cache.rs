@@ -14,22 +14,22 @@ use crate::dht_rpc::AgingMap;
 /// How long a response is cached. A client gives up on a message long before that.
 const AGE_MAX: Duration = Duration::from_secs(20);
 
-const ANSWERS_MAX: usize = 8192;
+const RESPONSES_MAX: usize = 8192;
 
 /// A bounded cache of responses that expire. The oldest is evicted when it is full, so that no flood makes the server
 /// refuse a new message.
 #[derive(Debug)]
-pub(super) struct Answers {
+pub(super) struct ResponseCache {
     by_message: AgingMap<[u8; 32], Bytes>,
 }
 
-impl Default for Answers {
+impl Default for ResponseCache {
     fn default() -> Self {
-        Self { by_message: AgingMap::new(ANSWERS_MAX, AGE_MAX) }
+        Self { by_message: AgingMap::new(RESPONSES_MAX, AGE_MAX) }
     }
 }
 
-impl Answers {
+impl ResponseCache {
     /// Returns the response to a message: the one that an earlier copy got, or the one that `make` returns, with what
     /// comes of it.
     ///
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     /// Returns the response to a message, and whether it was made for this copy.
-    fn answer(answers: &mut Answers, noise: &[u8], new: &'static str, now: Instant) -> Option<(Bytes, bool)> {
+    fn answer(answers: &mut ResponseCache, noise: &[u8], new: &'static str, now: Instant) -> Option<(Bytes, bool)> {
         let (answer, made) = answers.get_or_make(noise, now, || Some((Bytes::from(new), Some(()))))?;
         Some((answer, made.is_some()))
     }
@@ -65,7 +65,7 @@ mod tests {
     #[test]
     fn every_copy_of_a_message_gets_the_same_answer_for_a_while() {
         let now = Instant::now();
-        let mut answers = Answers::default();
+        let mut answers = ResponseCache::default();
         assert_eq!(answer(&mut answers, b"message", "one", now), Some(("one".into(), true)));
         let later = now + Duration::from_secs(15);
         assert_eq!(answer(&mut answers, b"message", "two", later), Some(("one".into(), false)));
@@ -75,8 +75,8 @@ mod tests {
     #[test]
     fn messages_without_an_answer_take_no_place() {
         let now = Instant::now();
-        let mut answers = Answers::default();
-        for number in 0..3 * ANSWERS_MAX {
+        let mut answers = ResponseCache::default();
+        for number in 0..3 * RESPONSES_MAX {
             assert!(answers.get_or_make::<()>(&number.to_le_bytes(), now, || None).is_none());
         }
         assert!(answers.by_message.is_empty());
@@ -85,12 +85,12 @@ mod tests {
     #[test]
     fn a_flood_of_answered_messages_evicts_the_oldest_and_refuses_nobody() {
         let now = Instant::now();
-        let mut answers = Answers::default();
-        for number in 0..ANSWERS_MAX {
+        let mut answers = ResponseCache::default();
+        for number in 0..RESPONSES_MAX {
             answer(&mut answers, &number.to_le_bytes(), "flood", now);
         }
         assert_eq!(answer(&mut answers, b"honest", "honest", now), Some(("honest".into(), true)));
         assert_eq!(answer(&mut answers, b"honest", "other", now), Some(("honest".into(), false)));
-        assert_eq!(answers.by_message.len(), ANSWERS_MAX);
+        assert_eq!(answers.by_message.len(), RESPONSES_MAX);
     }
 }

@@ -24,7 +24,7 @@ struct Simulation {
     relay: Router,
     server: Router,
     inbox: VecDeque<Vec<u8>>,
-    answers: Answers,
+    answers: ResponseCache,
     key_pair: KeyPair,
     answered: Vec<Vec<u8>>,
 }
@@ -36,7 +36,7 @@ impl Simulation {
         relay.learn(TARGET, address(SERVER), Bytes::new(), now);
         assert!(server.add_server(TARGET, Bytes::new()));
         let key_pair = KeyPair::from_seed(&[1; 32]);
-        let (inbox, answers, answered) = (VecDeque::new(), Answers::default(), Vec::new());
+        let (inbox, answers, answered) = (VecDeque::new(), ResponseCache::default(), Vec::new());
         Self { now, relay, server, inbox, answers, key_pair, answered }
     }
 
@@ -139,7 +139,7 @@ async fn a_host_that_never_sends_on_its_streams_is_sent_to_on_few_of_them() {
             rx: [2; 32],
             hash: [3; 64],
         },
-        way: Some((socket.clone(), SocketAddrV4::new(host.into(), 1))),
+        path: Some((socket.clone(), SocketAddrV4::new(host.into(), 1))),
     };
     let mut waiting: Vec<HalfOpen> = Vec::new();
     for number in 0..200 {
