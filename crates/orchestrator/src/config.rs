@@ -1,8 +1,10 @@
 //! Settings of an orchestrator.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use protocol::Region;
+use redis::IntoConnectionInfo as _;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +67,8 @@ pub struct Config {
     pub dead_letters_mib: u64,
     /// Days after which a dead letter is deleted.
     pub dead_letters_days: u32,
+    /// A Redis that also gets the dead letters.
+    pub redis: RedisConfig,
     /// Weights of the terms of a worker's affinity score.
     pub weights: Weights,
     /// When the circuit breaker of a model and region opens and closes.
@@ -96,8 +100,83 @@ impl Default for Config {
             dead_letters_max: 1_000,
             dead_letters_mib: 64,
             dead_letters_days: 30,
+            redis: RedisConfig::default(),
             weights: Weights::default(),
             breaker: BreakerConfig::default(),
+        }
+    }
+}
+
+/// Where dead letters are mirrored, without their requests.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RedisConfig {
+    /// Address, such as `redis://127.0.0.1:6379/0`. Without it, dead letters are in the store only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<RedisUrl>,
+    /// File with the password. It is read at each connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password_file: Option<PathBuf>,
+    /// Key of the stream.
+    pub stream: String,
+}
+
+impl Default for RedisConfig {
+    fn default() -> Self {
+        Self { url: None, password_file: None, stream: "tether:dlq".to_owned() }
+    }
+}
+
+/// Address of a Redis server, without a password.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub struct RedisUrl(String);
+
+impl RedisUrl {
+    pub(crate) fn info(&self) -> redis::ConnectionInfo {
+        self.0.as_str().into_connection_info().expect("it was checked when it was made")
+    }
+}
+
+impl TryFrom<String> for RedisUrl {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let is_plain = text.starts_with("redis://") || text.starts_with("redis+unix://");
+        match text.as_str().into_connection_info() {
+            // The error shows no part of the text, which may contain a password.
+            Ok(info) if info.redis_settings().password().is_some() => {
+                Err("the URL of Redis contains a password: put it into a file, and name the file in password_file"
+                    .into())
+            }
+            Ok(_) if is_plain => Ok(Self(text)),
+            Ok(_) | Err(_) => {
+                Err("the URL of Redis is not one such as redis://127.0.0.1:6379/0; TLS is not supported".into())
+            }
+        }
+    }
+}
+
+impl From<RedisUrl> for String {
+    fn from(url: RedisUrl) -> Self {
+        url.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_redis_url_has_no_password_and_no_tls_and_errors_do_not_quote_it() {
+        let read = |url: &str| RedisUrl::try_from(url.to_owned());
+        for good in ["redis://127.0.0.1:6379/0", "redis://user@cache.internal", "redis+unix:///run/redis.sock"] {
+            read(good).expect(good);
+        }
+        for bad in ["redis://:secret@h", "redis://u:secret@h:1/0", "rediss://secret", "http://secret", "secret", ""] {
+            let error = read(bad).expect_err(bad);
+            assert!(!error.contains("secret"), "{bad}: {error}");
         }
     }
 }

@@ -10,6 +10,7 @@ mod bounds;
 pub mod circuit_breaker;
 pub mod config;
 pub mod crash_record;
+mod dead_letter_relay;
 mod dead_letters;
 pub mod decision_log;
 pub mod discovery_sub;

@@ -40,6 +40,7 @@ use crate::answers::Answers;
 use crate::circuit_breaker::{Admission, CircuitBreaker, Outcome};
 use crate::config::Config;
 use crate::crash_record::{CRASHES_MAX, CrashRecord, EngineCrash};
+use crate::dead_letter_relay::DeadLetterRelay;
 use crate::dead_letters;
 use crate::decision_log::DecisionLog;
 use crate::discovery_sub::DiscoverySub;
@@ -699,6 +700,7 @@ impl Orchestrator {
         let policies = RegistryPolicies::new(client.clone(), directory);
         let lease = Duration::from_secs(config.lease_secs.max(3));
         let keeper = HistoryKeeper::new(store.clone(), clock.clone(), metrics.clone(), &config);
+        let relay = DeadLetterRelay::new(store.clone(), config.redis.clone(), metrics.clone(), transport.public_key());
         let reservations =
             ReservationManager::new(store.clone(), clock, fleet.clone(), metrics.clone(), region.clone(), lease);
         let orchestrator = Arc::new(Self {
@@ -758,6 +760,7 @@ impl Orchestrator {
         });
 
         background.spawn(keeper.run(ended.clone()));
+        background.spawn(relay.run(ended.clone()));
         background.spawn(suspect_after_pauses(orchestrator.client.clone(), ended.clone()));
 
         let drain = Duration::from_secs(orchestrator.config.drain_secs);

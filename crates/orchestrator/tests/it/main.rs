@@ -13,5 +13,7 @@ mod membership;
 mod operations;
 mod presence;
 mod progress;
+mod redis;
+mod relay;
 mod repeats;
 mod stand;
