@@ -11,24 +11,41 @@ pub(crate) struct Advance {
     /// The longest time without either; `None` for no limit.
     stall: Option<Duration>,
     at: Instant,
+    /// The longest time without either so far.
+    longest: Duration,
     /// Tokens of the prompt that were evaluated.
     tokens_read: u32,
 }
 
 impl Advance {
     pub(crate) fn begin(stall: Option<Duration>, now: Instant) -> Self {
-        Self { stall, at: now, tokens_read: 0 }
+        Self { stall, at: now, longest: Duration::ZERO, tokens_read: 0 }
     }
 
     /// Records that a part of the answer came.
     pub(crate) fn token(&mut self, now: Instant) {
-        self.at = now;
+        self.advanced(now);
+    }
+
+    /// Returns when there was the last of either, or when the attempt began.
+    pub(crate) fn at(&self) -> Instant {
+        self.at
+    }
+
+    /// Returns the longest time without either, until `now`.
+    pub(crate) fn longest(&self, now: Instant) -> Duration {
+        self.longest.max(now - self.at)
+    }
+
+    fn advanced(&mut self, now: Instant) {
+        (self.longest, self.at) = (self.longest(now), now);
     }
 
     /// Records a report of progress. Returns whether there was no real progress for too long.
     pub(crate) fn has_stalled(&mut self, progress: Progress, now: Instant) -> bool {
         if progress.tokens_read > self.tokens_read {
-            (self.tokens_read, self.at) = (progress.tokens_read, now);
+            self.tokens_read = progress.tokens_read;
+            self.advanced(now);
         }
         self.stall.is_some_and(|stall| now - self.at >= stall)
     }
@@ -58,6 +75,17 @@ mod tests {
         advance.token(last + STALL);
         assert!(!advance.has_stalled(read(99), last + STALL * 3 / 2));
         assert!(advance.has_stalled(read(99), last + STALL * 2));
+    }
+
+    #[test]
+    fn the_longest_time_without_an_advance_is_known() {
+        let begun = Instant::now();
+        let mut advance = Advance::begin(None, begun);
+        assert!(!advance.has_stalled(read(1), begun + STALL));
+        assert!(!advance.has_stalled(read(1), begun + STALL * 2), "it says the same again");
+        assert_eq!((advance.at(), advance.longest(begun + STALL * 2)), (begun + STALL, STALL));
+        advance.token(begun + STALL * 3);
+        assert_eq!(advance.longest(begun + STALL * 4), STALL * 2);
     }
 
     #[test]

@@ -32,6 +32,10 @@ pub struct Config {
     /// and one a second are always allowed. Without a limit, workers that are all full would get a multiple of the
     /// jobs.
     pub retry_budget_percent: u32,
+    /// Whether a second worker gets a job when the first is silent for three times the 95th percentile of its times to
+    /// the first token. The first of the two to answer goes on; the other is cancelled and not billed. It counts
+    /// against the retry budget.
+    pub hedge: bool,
     /// Seconds without a chunk after which an attempt has failed. A chunk that only has progress counts.
     pub stall_secs: u64,
     /// Seconds after which an attempt has failed if its worker only reports progress: no further token of the prompt is
@@ -85,6 +89,7 @@ impl Default for Config {
             set_aside_secs: 15,
             attempts_max: 3,
             retry_budget_percent: 10,
+            hedge: false,
             stall_secs: 120,
             token_stall_secs: 600,
             caller_stall_secs: 60,

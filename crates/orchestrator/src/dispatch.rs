@@ -1,5 +1,7 @@
 //! Sends a job to a worker and relays its answer to the caller.
 
+pub mod hedge;
+
 use std::borrow::Cow;
 use std::time::Duration;
 
@@ -12,7 +14,9 @@ use rpc::{CallError, Client, Interrupted, ResponseSink, ResponseStream, StreamCa
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::time::{self, Instant};
+use tracing::debug;
 
+use self::hedge::{Hedge, Hedging};
 use crate::advance::Advance;
 use crate::answers::Writer;
 use crate::bounds::{Bounds, Content, Meter};
@@ -378,22 +382,31 @@ pub struct Timeouts {
     pub token_stall: Option<Duration>,
 }
 
-/// Sends a job to a worker and relays its answer, or the rest of it, except the last chunk. `context_length` is what
-/// the worker reports for the model, in tokens; 0 if unknown.
+/// The worker of an attempt.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    pub worker_id: WorkerId,
+    pub timeouts: Timeouts,
+    /// What the worker reports for the model, in tokens; 0 if unknown.
+    pub context_length: u32,
+}
+
+/// Sends a job to a worker and relays its answer, or the rest of it, except the last chunk. If the worker is silent,
+/// another one may overtake it.
 ///
 /// A chunk of another job or attempt, out of order, or beyond what the request asks for, fails the attempt, so that an
 /// abandoned or dishonest worker cannot add to the answer or to the bill.
 pub async fn attempt(
     client: &Client,
-    worker_id: WorkerId,
-    timeouts: Timeouts,
-    context_length: u32,
+    target: Target,
     stop: &Stop,
+    hedging: &mut Hedging<'_>,
     journey: &mut Journey,
     delivery: &mut Delivery,
 ) -> AttemptEnd {
+    let Target { worker_id, timeouts, context_length } = target;
     let body = Bytes::from(codec::encode(&journey.request));
-    let bounds = Bounds::of(&journey.request, body.len(), context_length);
+    let mut bounds = Bounds::of(&journey.request, body.len(), context_length);
     let deadline = journey.deadline;
     let before = journey.meter.filter(|_| journey.request.delivered.is_some());
     let mut meter = before.map_or_else(|| Meter::new(bounds), |before| before.within(bounds));
@@ -416,31 +429,55 @@ pub async fn attempt(
         }
     };
     journey.step(JobEvent::Acknowledge);
-    let end = tokio::select! {
-        end = relay(&mut answer, journey, delivery, &mut relayed, &mut meter) => end,
-        () = stop.cancelled.cancelled() => Relay::CallerGone,
-        () = stop.void.cancelled() => {
-            let error = WireError::new(ErrorCode::StaleAttempt, "the job's lease was lost");
-            Relay::Failed { error, fault: Fault::None }
-        }
-    };
-    journey.meter = Some(meter);
-    let usage = meter.delivered();
-    match end {
-        Relay::Complete(end) => end,
-        Relay::CallerGone => AttemptEnd::CallerGone { usage: delivery.read_of(usage) },
-        Relay::Failed { error, fault } => AttemptEnd::Failed { error, fault, usage },
-        Relay::Broken(error) => {
-            let fault = match &error {
-                CallError::PeerEnded => Some(Fault::Ended),
-                CallError::Closed => Some(Fault::Lost),
-                _ => None,
-            };
-            let error = failure(error, bounds, deadline);
-            let fault = fault.unwrap_or_else(|| fault_of(&error));
-            AttemptEnd::Failed { error, fault, usage }
-        }
+    let mut first = None;
+    loop {
+        let end = tokio::select! {
+            end = relay(&mut answer, first.take(), hedging, journey, delivery, &mut relayed, &mut meter) => end,
+            () = stop.cancelled.cancelled() => Relay::CallerGone,
+            () = stop.void.cancelled() => {
+                let error = WireError::new(ErrorCode::StaleAttempt, "the job's lease was lost");
+                Relay::Failed { error, fault: Fault::None }
+            }
+        };
+        journey.meter = Some(meter);
+        let usage = meter.delivered();
+        return match end {
+            Relay::Complete(end) => end,
+            Relay::CallerGone => AttemptEnd::CallerGone { usage: delivery.read_of(usage) },
+            Relay::Failed { error, fault } => AttemptEnd::Failed { error, fault, usage },
+            Relay::Broken(error) => broken(error, bounds, deadline, usage),
+            Relay::Overtaken(hedge) => {
+                match hedge.take_over(journey, relayed.advance.longest(Instant::now())).await {
+                    Ok(begun) => {
+                        bounds = begun.bounds;
+                        (answer, relayed, meter) = (begun.stream, begun.relayed, Meter::new(bounds));
+                        first = Some(begun.first);
+                        continue;
+                    }
+                    Err(error) if error.code == ErrorCode::StaleAttempt => {
+                        AttemptEnd::Failed { error, fault: Fault::None, usage }
+                    }
+                    // The first worker goes on.
+                    Err(error) => {
+                        debug!(%error, "a second worker could not take a job over");
+                        continue;
+                    }
+                }
+            }
+        };
     }
+}
+
+/// Returns the end of an attempt whose stream broke.
+fn broken(error: CallError, bounds: Bounds, deadline: Instant, usage: TokenUsage) -> AttemptEnd {
+    let fault = match &error {
+        CallError::PeerEnded => Some(Fault::Ended),
+        CallError::Closed => Some(Fault::Lost),
+        _ => None,
+    };
+    let error = failure(error, bounds, deadline);
+    let fault = fault.unwrap_or_else(|| fault_of(&error));
+    AttemptEnd::Failed { error, fault, usage }
 }
 
 fn fault_of(error: &WireError) -> Fault {
@@ -451,8 +488,13 @@ fn fault_of(error: &WireError) -> Fault {
 enum Relay {
     Complete(AttemptEnd),
     CallerGone,
-    Failed { error: WireError, fault: Fault },
+    Failed {
+        error: WireError,
+        fault: Fault,
+    },
     Broken(CallError),
+    /// Another worker has begun to answer, and this one has not.
+    Overtaken(Box<Hedge>),
 }
 
 struct Relayed {
@@ -469,16 +511,22 @@ struct Relayed {
 
 async fn relay(
     answer: &mut ResponseStream,
+    mut first: Option<Bytes>,
+    hedging: &mut Hedging<'_>,
     journey: &mut Journey,
     delivery: &mut Delivery,
     relayed: &mut Relayed,
     meter: &mut Meter,
 ) -> Relay {
     loop {
-        let next = tokio::select! {
-            biased;
-            next = answer.next() => next,
-            () = delivery.gone() => return Relay::CallerGone,
+        let next = match first.take() {
+            Some(first) => Some(Ok(first)),
+            None => tokio::select! {
+                biased;
+                next = answer.next() => next,
+                () = delivery.gone() => return Relay::CallerGone,
+                hedge = hedging.overtakes(journey, relayed.advance.at()) => return Relay::Overtaken(hedge),
+            },
         };
         let bytes = match next {
             Some(Ok(bytes)) => bytes,
@@ -517,8 +565,9 @@ async fn relay(
         // caller reads.
         answer.lift_deadline();
         relayed.advance.token(Instant::now());
-        if !std::mem::replace(&mut relayed.has_begun, true) && request.delivered.is_some() {
-            journey.continued += 1;
+        if !std::mem::replace(&mut relayed.has_begun, true) {
+            hedging.end();
+            journey.begins(relayed.advance.longest(Instant::now()));
         }
         let (content, index) = (head.payload.content(), head.payload.index);
         let is_one_too_many = index >= journey.request.input.answers();

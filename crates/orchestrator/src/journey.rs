@@ -1,5 +1,7 @@
 //! One running job: its attempts, its state and its reservation.
 
+use std::time::Duration;
+
 use protocol::control::{AttemptDecision, Decision};
 use protocol::infer::InferRequest;
 use protocol::jobs::AttemptRecord;
@@ -23,6 +25,10 @@ use crate::scheduler::{Placement, Tried};
 
 /// The most attempts that are kept with a job; the oldest are dropped. Many workers may continue a long answer.
 const HISTORY_MAX: usize = 32;
+/// Outcome of an attempt that runs.
+const PLACED: &str = "placed";
+/// Outcome of an attempt whose job a second worker has taken over.
+const OVERTAKEN: &str = "overtaken";
 
 /// A model that may run a job.
 struct Build {
@@ -101,12 +107,16 @@ pub struct Journey {
     pub attempt_began: Instant,
     /// Number of engines that crashed on it.
     pub crashes: u32,
+    /// How long each worker waited before it began the answer, or was overtaken.
+    pub waits: Vec<(WorkerId, Duration)>,
     /// Error of the previous attempt.
     pub last_error: Option<WireError>,
     /// Why a model could not do what the job asks, if another was to be tried.
     pub refusal: Option<WireError>,
     state: JobState,
     attempts: Vec<AttemptDecision>,
+    /// The second workers that were started and have not overtaken the first.
+    hedges: Vec<AttemptDecision>,
     /// The attempts that have ended.
     history: Vec<AttemptRecord>,
 }
@@ -153,10 +163,12 @@ impl Journey {
             is_dispatched: false,
             attempt_began: Instant::now(),
             crashes: 0,
+            waits: vec![],
             last_error: None,
             refusal: None,
             state: JobState::Received,
             attempts: vec![],
+            hedges: vec![],
             history: vec![],
             request,
         }
@@ -165,6 +177,11 @@ impl Journey {
     /// Returns the model of the current attempt, or the requested one before the first attempt.
     pub fn model(&self) -> &ModelKey {
         &self.builds[self.build].model
+    }
+
+    /// Returns the index of the current attempt's model.
+    pub fn build(&self) -> usize {
+        self.build
     }
 
     /// Returns the models that may run it.
@@ -330,30 +347,72 @@ impl Journey {
         if placement.chosen.is_none() && self.attempts.last().is_some_and(|last| last.chosen.is_none()) {
             self.attempts.pop();
         }
-        self.attempts.push(AttemptDecision {
-            attempt: self.attempts.len() as u32 + 1,
-            chosen: placement.chosen.map(|worker| worker.worker_id),
-            outcome: "placed".to_owned(),
-            candidates: placement.candidates,
-            refused: placement.refused,
-        });
+        self.attempts.push(decision(self.attempts.len() as u32 + 1, placement, PLACED));
+    }
+
+    /// Records that the answer of the current attempt begins after such a wait.
+    pub fn begins(&mut self, waited: Duration) {
+        if self.request.delivered.is_some() {
+            self.continued += 1;
+        } else if let Some(worker) = self.last_worker() {
+            self.waits.push((worker, waited));
+        }
+    }
+
+    /// Records that a second worker was started beside that of the current attempt.
+    pub fn hedge(&mut self, placement: Placement) {
+        let attempt = self.attempts.len() as u32;
+        self.hedges.push(decision(attempt, placement, "hedge_lost"));
+    }
+
+    /// Records that the second worker failed before any had begun to answer.
+    pub fn hedge_failed(&mut self) {
+        if let Some(hedge) = self.hedges.last_mut() {
+            "hedge_failed".clone_into(&mut hedge.outcome);
+        }
+    }
+
+    /// Returns the current attempt as one that a second worker ends.
+    pub fn overtaken_attempt(&self) -> Option<AttemptRecord> {
+        let now = self.reservation.as_ref()?.now();
+        self.attempt_record(OVERTAKEN.to_owned(), false, now)
+    }
+
+    /// Records that the second worker has the job, and how long the first one had waited.
+    pub fn overtaken(&mut self, ended: Option<AttemptRecord>, waited: Duration) {
+        self.waits.extend(self.last_worker().map(|worker| (worker, waited)));
+        self.note(OVERTAKEN);
+        self.keep(ended);
+        if let Some(hedge) = self.hedges.pop() {
+            let attempt = self.attempts.len() as u32 + 1;
+            self.attempts.push(AttemptDecision { attempt, outcome: PLACED.to_owned(), ..hedge });
+        }
     }
 
     /// Records how the attempt ended whose worker was chosen last. An attempt without a worker leaves no record.
     pub fn ended(&mut self, end: &AttemptEnd, now: UnixMillis) {
-        let Some(AttemptDecision { attempt, chosen: Some(worker_id), .. }) = self.attempts.last() else { return };
-        let progressed = self.has_progressed();
+        let counted = dead_letters::counts(end, self.is_dispatched, self.has_progressed());
+        let record = self.attempt_record(end.outcome().to_owned(), counted, now);
+        self.keep(record);
+    }
+
+    fn attempt_record(&self, outcome: String, counted: bool, now: UnixMillis) -> Option<AttemptRecord> {
+        let last = self.attempts.last()?;
         let millis = self.attempt_began.elapsed().as_millis() as u64;
-        let record = AttemptRecord {
-            attempt: *attempt,
-            worker_id: *worker_id,
+        Some(AttemptRecord {
+            attempt: last.attempt,
+            worker_id: last.chosen?,
             model: self.model().clone(),
-            outcome: end.outcome().to_owned(),
+            outcome,
             began_at: UnixMillis(now.0.saturating_sub(millis)),
             ended_at: now,
-            progressed,
-            counted: dead_letters::counts(end, self.is_dispatched, progressed),
-        };
+            progressed: self.has_progressed(),
+            counted,
+        })
+    }
+
+    fn keep(&mut self, record: Option<AttemptRecord>) {
+        let Some(record) = record else { return };
         if self.history.len() == HISTORY_MAX {
             self.history.remove(0);
         }
@@ -396,13 +455,26 @@ impl Journey {
 
     /// Returns the record of the job's placements.
     pub fn into_decision(self) -> Decision {
+        // A second worker follows the attempt beside which it ran.
+        let mut attempts = [self.attempts, self.hedges].concat();
+        attempts.sort_by_key(|attempt| attempt.attempt);
         Decision {
             correlation_id: self.request.correlation_id,
             tenant_id: self.request.tenant_id,
-            attempts: self.attempts,
+            attempts,
             weights: None,
             job: None,
         }
+    }
+}
+
+fn decision(attempt: u32, placement: Placement, outcome: &str) -> AttemptDecision {
+    AttemptDecision {
+        attempt,
+        chosen: placement.chosen.map(|worker| worker.worker_id),
+        outcome: outcome.to_owned(),
+        candidates: placement.candidates,
+        refused: placement.refused,
     }
 }
 

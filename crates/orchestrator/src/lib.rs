@@ -15,6 +15,7 @@ mod dead_letters;
 pub mod decision_log;
 pub mod discovery_sub;
 pub mod dispatch;
+mod first_tokens;
 pub mod fleet;
 mod history_keeper;
 pub mod job;

@@ -20,6 +20,12 @@ pub struct PhaseLabel {
     pub phase: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HedgeLabel {
+    /// What became of a second worker: `won`, `lost` or `failed`, or why none was started: `no_worker` or `no_budget`.
+    pub outcome: &'static str,
+}
+
 /// Metrics of an orchestrator. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Metrics {
@@ -29,6 +35,7 @@ pub struct Metrics {
     pub retries: Family<ReasonLabel, Counter>,
     pub retries_exhausted: Counter,
     pub failovers: Family<PhaseLabel, Counter>,
+    pub hedges: Family<HedgeLabel, Counter>,
     pub reservations_active: Gauge,
     pub dead_letters: Gauge,
     pub dead_letters_unsent: Gauge,
@@ -48,6 +55,7 @@ impl Metrics {
             retries: register(registry, "tether_retries", "Attempts after the first", Family::default()),
             retries_exhausted: register(registry, "tether_retries_exhausted", "Jobs whose attempts were exhausted", Counter::default()),
             failovers: register(registry, "tether_failovers", "Jobs that went to another worker", Family::default()),
+            hedges: register(registry, "tether_hedges", "Second workers of jobs whose first was silent", Family::default()),
             reservations_active: register(registry, "tether_reservations_active", "Reservations held", Gauge::default()),
             dead_letters: register(registry, "tether_dlq_depth", "Dead letters kept", Gauge::default()),
             dead_letters_unsent: register(registry, "tether_dlq_unsent", "Dead letters that Redis does not have yet", Gauge::default()),

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use crate::journey;
 use crate::orchestrator::Orchestrator;
 use crate::refusals;
+use crate::reservation_manager::is_hedge;
 
 /// How long a cancelled job may take to be settled before the call returns.
 const CANCEL_WITHIN: Duration = Duration::from_secs(1);
@@ -25,7 +26,7 @@ const CANCEL_WITHIN: Duration = Duration::from_secs(1);
 impl Orchestrator {
     pub(crate) async fn list_jobs(self: Arc<Self>, _: Caller, query: JobQuery) -> Result<JobPage, WireError> {
         let page = self.store.list_jobs(query).await.map_err(|error| unreadable(&error))?;
-        Ok(JobPage { jobs: page.jobs.into_iter().map(info_of).collect(), next: page.next })
+        Ok(JobPage { jobs: infos_of(page.jobs), next: page.next })
     }
 
     pub(crate) async fn show_jobs(self: Arc<Self>, _: Caller, request: JobRef) -> Result<JobPage, WireError> {
@@ -34,7 +35,7 @@ impl Orchestrator {
 
     async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobInfo>, WireError> {
         let jobs = self.store.jobs_of(id).await.map_err(|error| unreadable(&error))?;
-        Ok(jobs.into_iter().map(info_of).collect())
+        Ok(infos_of(jobs))
     }
 
     /// Returns how a job was placed and how its attempts ended. Once the decision log has dropped it, only the store's
@@ -150,6 +151,11 @@ impl Orchestrator {
 fn unreadable(error: &StoreError) -> WireError {
     warn!(%error, "could not read or write the store for an operator");
     WireError::new(ErrorCode::Unavailable, "the orchestrator's store cannot be read now, try again")
+}
+
+/// Returns jobs as operators see them. Reservations of second workers are part of other jobs.
+fn infos_of(records: Vec<JobRecord>) -> Vec<JobInfo> {
+    records.into_iter().filter(|record| !is_hedge(record)).map(info_of).collect()
 }
 
 /// Returns a job as operators see it.

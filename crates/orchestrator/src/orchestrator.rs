@@ -1,5 +1,6 @@
 //! The orchestrator service: takes each job from submission to settlement.
 
+mod hedging;
 mod repeats;
 
 use std::collections::{BTreeSet, HashMap};
@@ -45,7 +46,9 @@ use crate::dead_letters;
 use crate::decision_log::DecisionLog;
 use crate::discovery_sub::DiscoverySub;
 use crate::discovery_sub::search::Search;
+use crate::dispatch::hedge::Hedging;
 use crate::dispatch::{self, AttemptEnd, Delivery, Fault};
+use crate::first_tokens::FirstTokens;
 use crate::fleet::{Change, Fleet, Wanted, listing};
 use crate::history_keeper::HistoryKeeper;
 use crate::job::JobEvent;
@@ -107,10 +110,11 @@ pub struct Orchestrator {
     retry_budgets: Mutex<RetryBudgets>,
     crashes: Mutex<CrashRecord>,
     records: Mutex<WorkerRecords>,
+    first_tokens: Mutex<FirstTokens>,
     client: Client,
     membership: Membership,
     pub(crate) operators: OperatorCheck,
-    /// Checks of workers that were set aside.
+    /// Checks of workers that were set aside, and jobs of second workers.
     checks: TaskTracker,
     answers: Arc<Answers>,
     pub(crate) sealing_key: SealingKey,
@@ -275,17 +279,10 @@ impl Orchestrator {
             return Err(WireError::new(ErrorCode::InternalError, "a job was to be sent without a reservation"));
         };
         journey.request.attempt = reservation.attempt;
-        let left = journey.deadline.saturating_duration_since(Instant::now());
-        // The deadline is for the beginning of the answer.
-        let deadline = journey.request.delivered.is_none().then_some(left);
-        if deadline.is_some_and(|left| left.is_zero()) {
+        let timeouts = self.timeouts(journey);
+        if timeouts.options.deadline.is_some_and(|left| left.is_zero()) {
             return Err(WireError::new(ErrorCode::DeadlineExceeded, "the deadline passed"));
         }
-        let options = StreamOptions {
-            accept_within: Duration::from_millis(self.config.dispatch_ack_ms),
-            deadline,
-            stall: Duration::from_secs(self.config.stall_secs),
-        };
         debug!(
             correlation_id = %journey.request.correlation_id,
             worker = reservation.worker_id.short(),
@@ -296,11 +293,21 @@ impl Orchestrator {
         let context_length = self.fleet.context_length(worker_id, journey.model());
         journey.journal.begin(self.fleet.server(worker_id, journey.model()));
         journey.is_dispatched = true;
-        let timeouts = dispatch::Timeouts {
-            options,
-            token_stall: (self.config.token_stall_secs > 0).then(|| Duration::from_secs(self.config.token_stall_secs)),
+        let target = dispatch::Target { worker_id, timeouts, context_length };
+        let mut hedging = Hedging::new(self, self.hedge_after(worker_id, journey));
+        Ok(dispatch::attempt(&self.client, target, &stop, &mut hedging, journey, delivery).await)
+    }
+
+    fn timeouts(&self, journey: &Journey) -> dispatch::Timeouts {
+        let left = journey.deadline.saturating_duration_since(Instant::now());
+        let options = StreamOptions {
+            accept_within: Duration::from_millis(self.config.dispatch_ack_ms),
+            // The deadline is for the beginning of the answer.
+            deadline: journey.request.delivered.is_none().then_some(left),
+            stall: Duration::from_secs(self.config.stall_secs),
         };
-        Ok(dispatch::attempt(&self.client, worker_id, timeouts, context_length, &stop, journey, delivery).await)
+        let token_stall = (self.config.token_stall_secs > 0).then(|| Duration::from_secs(self.config.token_stall_secs));
+        dispatch::Timeouts { options, token_stall }
     }
 
     /// Decides whether another attempt follows.
@@ -534,6 +541,7 @@ impl Orchestrator {
 
     /// Records what an attempt says of its worker and of its model, and ejects a worker that failed too often or lied.
     fn judge(&self, journey: &mut Journey, end: &AttemptEnd) {
+        self.record_waits(journey);
         let slow = Duration::from_secs(self.config.breaker.slow_secs);
         let good = match end {
             AttemptEnd::Complete { silence, overclaims, .. } => Some(*silence <= slow && !overclaims),
@@ -712,6 +720,7 @@ impl Orchestrator {
             decisions: DecisionLog::new(config.decisions_kept),
             retry_budgets: Mutex::new(RetryBudgets::new(config.retry_budget_percent)),
             records: Mutex::default(),
+            first_tokens: Mutex::default(),
             crashes: Mutex::new(CrashRecord::new(Duration::from_secs(config.crashes_kept_secs))),
             reservations: Arc::new(reservations),
             breakers: Mutex::default(),

@@ -13,7 +13,7 @@ use protocol::infer::{FinishReason, InferRequest};
 use protocol::jobs::AttemptRecord;
 use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
-use protocol::{Clock, CorrelationId, ErrorCode, Region, UnixMillis, WireError, WorkerId};
+use protocol::{Clock, CorrelationId, Digest, ErrorCode, Region, UnixMillis, WireError, WorkerId};
 use rpc::backoff::Backoff;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
@@ -56,6 +56,8 @@ pub struct Stop {
     pub cancelled: CancellationToken,
     /// Cancelled when the reservation has ended.
     ended: CancellationToken,
+    /// Whether it is the reservation of a second worker.
+    is_hedge: bool,
 }
 
 /// A job's reservation on a worker, written to disk.
@@ -156,6 +158,16 @@ pub(crate) fn key_of(request: &InferRequest) -> JobKey {
     }
 }
 
+/// Returns the fingerprint of a second worker's reservation. No request has it.
+fn hedge_fingerprint() -> [u8; 32] {
+    Digest::of(b"tether: a second worker for a job").0
+}
+
+/// Returns whether a job is the reservation of a second worker for another job.
+pub(crate) fn is_hedge(job: &JobRecord) -> bool {
+    job.request_fingerprint == hedge_fingerprint()
+}
+
 /// Converts a store error to the error that the caller gets.
 fn store_error(error: &StoreError) -> WireError {
     match error {
@@ -191,6 +203,31 @@ impl ReservationManager {
         worker_id: WorkerId,
         worker_capacity: u32,
     ) -> Result<Reservation, WireError> {
+        self.write(request, fingerprint, worker_id, worker_capacity, (1, Stop::default())).await
+    }
+
+    /// Writes a reservation of a second worker for a job that has one. `request` names a job of its own, which is
+    /// settled without a bill as soon as it is known whose answer counts.
+    pub(crate) async fn reserve_hedge(
+        self: &Arc<Self>,
+        request: &InferRequest,
+        worker_id: WorkerId,
+        worker_capacity: u32,
+    ) -> Result<Reservation, WireError> {
+        let stop = Stop { is_hedge: true, ..Stop::default() };
+        let fingerprint = hedge_fingerprint();
+        let written = (request.attempt, stop);
+        self.write(request, fingerprint, worker_id, worker_capacity, written).await
+    }
+
+    async fn write(
+        self: &Arc<Self>,
+        request: &InferRequest,
+        fingerprint: [u8; 32],
+        worker_id: WorkerId,
+        worker_capacity: u32,
+        (attempt, stop): (u32, Stop),
+    ) -> Result<Reservation, WireError> {
         let counted = Counted::on(&self.fleet, worker_id);
         let now = self.clock.now();
         let key = key_of(request);
@@ -201,7 +238,7 @@ impl ReservationManager {
             region: self.region.clone(),
             worker_id,
             worker_capacity,
-            attempt: 1,
+            attempt,
             now,
             lease_until: now.after(self.lease),
             request_fingerprint: fingerprint,
@@ -210,10 +247,9 @@ impl ReservationManager {
             Err(ReserveError::Store(error)) => return Err(store_error(&error)),
             Err(full @ ReserveError::NoCapacity { .. }) => return Err(worker_full(full.to_string())),
             Ok(Reserved::Duplicate(known)) => return Err(refusals::repeated(&known, &fingerprint)),
-            Ok(Reserved::New) => 1,
+            Ok(Reserved::New) => attempt,
             Ok(Reserved::Again { attempt }) => attempt,
         };
-        let stop = Stop::default();
         self.lock().insert(key.clone(), stop.clone());
         self.metrics.reservations_active.inc();
         Ok(Reservation { manager: self.clone(), counted, key, worker_id, attempt, stop })
@@ -244,7 +280,8 @@ impl ReservationManager {
     /// Cancels the running jobs of a request. Returns each with a token that is cancelled once it has ended.
     pub fn cancel(&self, id: CorrelationId) -> Vec<(JobKey, CancellationToken)> {
         let held = self.lock();
-        let of_request = held.iter().filter(|(key, _)| key.correlation_id == id);
+        // A job's end ends its second worker.
+        let of_request = held.iter().filter(|(key, stop)| key.correlation_id == id && !stop.is_hedge);
         let cancel = |(key, stop): (&JobKey, &Stop)| {
             stop.cancelled.cancel();
             (key.clone(), stop.ended.clone())
@@ -303,6 +340,11 @@ impl Reservation {
     /// Returns whether an operator cancelled the job.
     pub fn is_cancelled(&self) -> bool {
         self.stop.cancelled.is_cancelled()
+    }
+
+    /// Returns the time of day.
+    pub fn now(&self) -> UnixMillis {
+        self.manager.now()
     }
 
     /// Moves the job to another worker or model as its next attempt. On an error the job stays where it is.

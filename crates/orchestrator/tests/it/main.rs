@@ -8,6 +8,7 @@ mod crashes;
 mod dead_letters;
 mod evil_worker;
 mod failures;
+mod hedging;
 mod jobs;
 mod membership;
 mod operations;
