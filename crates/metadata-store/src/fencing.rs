@@ -1,7 +1,7 @@
 //! Which writes of a job a store accepts. Pure.
 //!
 //! A write names the attempt and the worker that it speaks for. It is refused once the job has moved on or is settled,
-//! so that whoever was given up on can neither move nor settle nor bill the job.
+//! so that whoever was given up on can neither move nor keep nor settle nor bill the job.
 
 use protocol::WorkerId;
 
@@ -28,6 +28,11 @@ pub fn check_move(job: &Standing, from_attempt: u32) -> Result<(), ReassignError
         return Ok(());
     }
     Err(ReassignError::Stale { state: job.state, attempt: job.attempt })
+}
+
+/// Returns whether an attempt may renew the lease of its job.
+pub fn may_renew(job: &Standing, attempt: u32) -> bool {
+    job.attempt == attempt && job.state == DurableState::Reserved
 }
 
 /// Decides what a settlement by an attempt on a worker does.

@@ -36,8 +36,9 @@ pub trait JobStore: Store {
     /// A job is settled once, by its current attempt. Later calls change and bill nothing.
     async fn finalise(&self, settlement: Settlement) -> Result<Finalised, FinaliseError>;
 
-    /// Extends the leases of running jobs and returns the keys that hold no reservation. A lease is never shortened.
-    async fn renew(&self, keys: Vec<JobKey>, lease_until: UnixMillis) -> Result<Vec<JobKey>, StoreError>;
+    /// Extends the leases of running jobs, and returns those that could not be extended: the job is settled, or at
+    /// another attempt. A lease is never shortened.
+    async fn renew(&self, leases: Vec<Lease>, lease_until: UnixMillis) -> Result<Vec<Lease>, StoreError>;
 
     /// Fails up to `limit` jobs whose lease has expired, frees their reservations, and returns the jobs.
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError>;
@@ -92,6 +93,14 @@ pub struct JobKey {
     pub correlation_id: CorrelationId,
     /// The same token never runs a job twice.
     pub retry_token: RetryToken,
+}
+
+/// A reservation to renew.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    pub key: JobKey,
+    /// The attempt that holds it.
+    pub attempt: u32,
 }
 
 /// A job to write before it is sent to its worker.

@@ -9,7 +9,7 @@ mod sqlite;
 mod store;
 
 pub use job_store::{
-    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, NewDeadLetter, NewJob,
+    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, Lease, NewDeadLetter, NewJob,
     ReassignError, Reassignment, RecordPage, ReserveError, Reserved, SealedAnswer, SealedPayload, Settlement,
     TerminalState, UsageCursor, UsageRecord,
 };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metadata_store::{
-    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, NewDeadLetter, NewJob, ReassignError,
+    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, Lease, NewDeadLetter, NewJob, ReassignError,
     Reassignment, ReserveError, Reserved, SealedAnswer, Settlement, StoreError, TerminalState,
 };
 use parking_lot::Mutex;
@@ -44,7 +44,14 @@ pub struct ReservationManager {
     metrics: Metrics,
     region: Region,
     lease: Duration,
-    held: Mutex<HashMap<JobKey, Stop>>,
+    held: Mutex<HashMap<JobKey, Held>>,
+}
+
+/// A reservation that is renewed.
+struct Held {
+    /// The attempt that holds it; `None` while the job moves to another worker.
+    attempt: Option<u32>,
+    stop: Stop,
 }
 
 /// What ends a running job from outside, and its end.
@@ -250,7 +257,7 @@ impl ReservationManager {
             Ok(Reserved::New) => attempt,
             Ok(Reserved::Again { attempt }) => attempt,
         };
-        self.lock().insert(key.clone(), stop.clone());
+        self.lock().insert(key.clone(), Held { attempt: Some(attempt), stop: stop.clone() });
         self.metrics.reservations_active.inc();
         Ok(Reservation { manager: self.clone(), counted, key, worker_id, attempt, stop })
     }
@@ -281,8 +288,8 @@ impl ReservationManager {
     pub fn cancel(&self, id: CorrelationId) -> Vec<(JobKey, CancellationToken)> {
         let held = self.lock();
         // A job's end ends its second worker.
-        let of_request = held.iter().filter(|(key, stop)| key.correlation_id == id && !stop.is_hedge);
-        let cancel = |(key, stop): (&JobKey, &Stop)| {
+        let of_request = held.iter().filter(|(key, held)| key.correlation_id == id && !held.stop.is_hedge);
+        let cancel = |(key, Held { stop, .. }): (&JobKey, &Held)| {
             stop.cancelled.cancel();
             (key.clone(), stop.ended.clone())
         };
@@ -299,24 +306,37 @@ impl ReservationManager {
     }
 
     async fn renew(&self) {
-        let keys: Vec<JobKey> = self.lock().keys().cloned().collect();
-        if keys.is_empty() {
+        let leases = self.leases();
+        if leases.is_empty() {
             return;
         }
-        match self.store.renew(keys, self.clock.now().after(self.lease)).await {
+        match self.store.renew(leases, self.clock.now().after(self.lease)).await {
             Ok(lost) => {
                 let held = self.lock();
-                for key in &lost {
-                    // The job was settled meanwhile, or its lease is lost. Only a lost one still has an attempt
-                    // running.
-                    if let Some(stop) = held.get(key) {
+                for Lease { key, attempt } in &lost {
+                    // The job was settled or has moved meanwhile, or its lease is lost. Only then is the attempt the
+                    // current one.
+                    if let Some(held) = held.get(key).filter(|held| held.attempt == Some(*attempt)) {
                         warn!(correlation_id = %key.correlation_id, "lease lost, the attempt is void");
-                        stop.void.cancel();
+                        held.stop.void.cancel();
                     }
                 }
             }
             // The next renewal is a third of a lease away.
             Err(error) => warn!(%error, "could not renew leases"),
+        }
+    }
+
+    /// Returns the leases to renew. A job that moves gets a new one.
+    fn leases(&self) -> Vec<Lease> {
+        let held = self.lock();
+        held.iter().filter_map(|(key, held)| Some(Lease { key: key.clone(), attempt: held.attempt? })).collect()
+    }
+
+    /// Records which attempt holds the reservation of a job.
+    fn hold(&self, key: &JobKey, attempt: Option<u32>) {
+        if let Some(held) = self.lock().get_mut(key) {
+            held.attempt = attempt;
         }
     }
 
@@ -331,7 +351,7 @@ impl ReservationManager {
         }
     }
 
-    fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<JobKey, Stop>> {
+    fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<JobKey, Held>> {
         self.held.lock()
     }
 }
@@ -368,7 +388,10 @@ impl Reservation {
             lease_until: now.after(manager.lease),
             history,
         };
-        manager.store.reassign(reassignment).await.map_err(|error| match error {
+        manager.hold(&self.key, None);
+        let moved = manager.store.reassign(reassignment).await;
+        manager.hold(&self.key, Some(self.attempt + u32::from(moved.is_ok())));
+        moved.map_err(|error| match error {
             ReassignError::Store(error) => store_error(&error),
             ReassignError::NoCapacity { .. } => worker_full(error.to_string()),
             ReassignError::NotFound | ReassignError::Stale { .. } => {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use metadata_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment, RecordPage,
+    FinaliseError, Finalised, JobKey, JobRecord, JobStore, Lease, NewJob, ReassignError, Reassignment, RecordPage,
     ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, UsageCursor, UsageRecord,
 };
 use parking_lot::Mutex;
@@ -155,8 +155,8 @@ impl JobStore for FaultyStore {
         .await
     }
 
-    async fn renew(&self, keys: Vec<JobKey>, until: UnixMillis) -> Result<Vec<JobKey>, StoreError> {
-        self.write(self.disk.store.renew(keys, until)).await
+    async fn renew(&self, leases: Vec<Lease>, until: UnixMillis) -> Result<Vec<Lease>, StoreError> {
+        self.write(self.disk.store.renew(leases, until)).await
     }
 
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError> {

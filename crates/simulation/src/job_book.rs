@@ -11,13 +11,19 @@ use protocol::WorkerId;
 pub struct Rules {
     pub has_room: fn(u32, u32) -> bool,
     pub check_move: fn(&Standing, u32) -> Result<(), ReassignError>,
+    pub may_renew: fn(&Standing, u32) -> bool,
     pub settle: fn(&Standing, u32, WorkerId) -> Finalised,
 }
 
 impl Default for Rules {
     /// The rules of the program.
     fn default() -> Self {
-        Self { has_room: fencing::has_room, check_move: fencing::check_move, settle: fencing::settle }
+        Self {
+            has_room: fencing::has_room,
+            check_move: fencing::check_move,
+            may_renew: fencing::may_renew,
+            settle: fencing::settle,
+        }
     }
 }
 
@@ -47,6 +53,7 @@ pub enum Operation {
     },
     Renew {
         job: u32,
+        attempt: u32,
         lease_until: u64,
     },
     ReleaseExpired {
@@ -83,7 +90,7 @@ pub enum Outcome {
         attempt: u32,
     },
     Finalised(Finalised),
-    /// Whether the job has a reservation to renew.
+    /// Whether the attempt has a reservation to renew.
     Renewed(bool),
     /// The jobs that were failed, in the order of their numbers.
     Released(Vec<u32>),
@@ -129,8 +136,9 @@ impl JobBook {
             Operation::Finalise { job, attempt, worker, state, tokens } => {
                 self.finalise(job, attempt, worker, state, tokens, rules)
             }
-            Operation::Renew { job, lease_until } => {
-                let lease = self.jobs.get_mut(&job).and_then(|entry| entry.lease_until.as_mut());
+            Operation::Renew { job, attempt, lease_until } => {
+                let entry = self.jobs.get_mut(&job).filter(|entry| (rules.may_renew)(&entry.standing, attempt));
+                let lease = entry.and_then(|entry| entry.lease_until.as_mut());
                 Outcome::Renewed(lease.map(|until| *until = lease_until.max(*until)).is_some())
             }
             Operation::ReleaseExpired { now } => {

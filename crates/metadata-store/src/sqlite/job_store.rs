@@ -7,7 +7,7 @@ use protocol::{CorrelationId, TenantId, UnixMillis, WorkerId};
 
 use super::{SqliteStore, answers, dead_letters, jobs, presence, reservations, usage};
 use crate::job_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment, RecordPage,
+    FinaliseError, Finalised, JobKey, JobRecord, JobStore, Lease, NewJob, ReassignError, Reassignment, RecordPage,
     ReserveError, Reserved, Settlement, UsageCursor, UsageRecord,
 };
 use crate::store::StoreError;
@@ -26,8 +26,8 @@ impl JobStore for SqliteStore {
         self.write(move |connection| jobs::finalise(connection, &settlement)).await?
     }
 
-    async fn renew(&self, keys: Vec<JobKey>, lease_until: UnixMillis) -> Result<Vec<JobKey>, StoreError> {
-        self.write(move |connection| reservations::renew(connection, &keys, lease_until)).await
+    async fn renew(&self, leases: Vec<Lease>, lease_until: UnixMillis) -> Result<Vec<Lease>, StoreError> {
+        self.write(move |connection| reservations::renew(connection, &leases, lease_until)).await
     }
 
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError> {

@@ -8,7 +8,7 @@ use rusqlite::{Connection, named_params};
 use super::jobs;
 use super::row::{self, integer};
 use crate::fencing;
-use crate::job_store::{JobKey, JobRecord, NewJob, ReassignError, Reassignment, ReserveError, Reserved};
+use crate::job_store::{JobRecord, Lease, NewJob, ReassignError, Reassignment, ReserveError, Reserved};
 
 /// Writes a job and its reservation.
 ///
@@ -148,22 +148,22 @@ pub(super) fn free(connection: &Connection, job_id: i64) -> rusqlite::Result<()>
     Ok(())
 }
 
-/// Extends leases and returns the keys that have none.
+/// Extends leases and returns those that are lost.
 pub(super) fn renew(
     connection: &Connection,
-    keys: &[JobKey],
+    leases: &[Lease],
     lease_until: UnixMillis,
-) -> rusqlite::Result<Vec<JobKey>> {
-    let mut statement = connection.prepare_cached(
-        "UPDATE reservations SET lease_until = max(lease_until, ?4)
-         WHERE job_id = (SELECT job_id FROM jobs WHERE tenant_id = ?1 AND correlation_id = ?2 AND retry_token = ?3)",
-    )?;
+) -> rusqlite::Result<Vec<Lease>> {
+    let mut extend =
+        connection.prepare_cached("UPDATE reservations SET lease_until = max(lease_until, ?2) WHERE job_id = ?1")?;
     let mut lost = Vec::new();
-    for key in keys {
-        let JobKey { tenant_id, correlation_id, retry_token } = key;
-        let until = integer(lease_until.0);
-        if statement.execute((tenant_id.as_str(), correlation_id.0.as_bytes(), retry_token.as_str(), until))? == 0 {
-            lost.push(key.clone());
+    for lease in leases {
+        let job = jobs::standing(connection, &lease.key)?;
+        match job.filter(|(_, job)| fencing::may_renew(job, lease.attempt)) {
+            Some((job_id, _)) => {
+                extend.execute((job_id, integer(lease_until.0)))?;
+            }
+            None => lost.push(lease.clone()),
         }
     }
     Ok(lost)

@@ -45,6 +45,7 @@ macro_rules! job_store_conforms {
             jobs: a_job_nobody_wrote_is_not_found,
             jobs: a_lease_that_ran_out_fails_its_job_and_frees_the_slot,
             jobs: a_renewed_lease_lives_on_and_is_never_shortened,
+            jobs: a_stale_attempt_does_not_renew_the_lease_of_its_successor,
             jobs: usage_is_read_in_pages_without_gap_or_repeat,
             jobs: usage_is_each_tenants_own,
             jobs: a_mark_is_raised_and_never_lowered,

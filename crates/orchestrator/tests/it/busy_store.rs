@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use async_trait::async_trait;
 use metadata_store::{
-    DurableState, FinaliseError, Finalised, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment,
+    DurableState, FinaliseError, Finalised, JobKey, JobRecord, JobStore, Lease, NewJob, ReassignError, Reassignment,
     RecordPage, ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, TerminalState, UsageCursor,
     UsageRecord,
 };
@@ -49,7 +49,7 @@ impl JobStore for BusyStore {
     }
 
     async fn reassign(&self, to: Reassignment) -> Result<(), ReassignError> { self.store.reassign(to).await }
-    async fn renew(&self, keys: Vec<JobKey>, until: UnixMillis) -> Result<Vec<JobKey>, StoreError> { self.store.renew(keys, until).await }
+    async fn renew(&self, leases: Vec<Lease>, until: UnixMillis) -> Result<Vec<Lease>, StoreError> { self.store.renew(leases, until).await }
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError> { self.store.release_expired(now, limit).await }
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> { self.store.job(key).await }
     async fn answer(&self, key: &JobKey, now: UnixMillis) -> Result<Option<Vec<u8>>, StoreError> { self.store.answer(key, now).await }

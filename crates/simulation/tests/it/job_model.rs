@@ -275,14 +275,15 @@ impl Change<'_> {
 
     fn store(&mut self, operation: Operation) -> Outcome {
         let named = match operation {
-            Operation::Reassign { job, from_attempt: attempt, .. } | Operation::Finalise { job, attempt, .. } => {
-                Some((job, attempt))
-            }
+            Operation::Reassign { job, from_attempt: attempt, .. }
+            | Operation::Finalise { job, attempt, .. }
+            | Operation::Renew { job, attempt, .. } => Some((job, attempt)),
             _ => None,
         };
         let before = named.and_then(|(job, attempt)| Some((self.to.book.jobs.get(&job)?.standing, attempt)));
         let outcome = self.to.book.apply(&operation, &self.model.rules.store);
-        let is_written = matches!(outcome, Outcome::Moved | Outcome::Finalised(Finalised::Settled));
+        let is_written =
+            matches!(outcome, Outcome::Moved | Outcome::Renewed(true) | Outcome::Finalised(Finalised::Settled));
         if let Some((standing, attempt)) = before
             && is_written
             && standing.attempt != attempt
@@ -458,9 +459,9 @@ impl Change<'_> {
     fn renew(&mut self, orchestrator: usize) {
         let lease_until = self.to.now + LEASE;
         let jobs = self.to.orchestrators[orchestrator].iter().flatten();
-        let held: Vec<u32> = jobs.filter(|(_, journey)| journey.reservation.is_some()).map(|(job, _)| *job).collect();
-        for job in held {
-            if self.store(Operation::Renew { job, lease_until }) == Outcome::Renewed(false) {
+        let held: Vec<(u32, u32)> = jobs.filter_map(|(job, journey)| Some((*job, journey.reservation?.0))).collect();
+        for (job, attempt) in held {
+            if self.store(Operation::Renew { job, attempt, lease_until }) == Outcome::Renewed(false) {
                 let journey = self.journey(orchestrator, job);
                 if journey.ending.is_none() {
                     self.fail(orchestrator, job, ErrorCode::StaleAttempt, Duration::ZERO);

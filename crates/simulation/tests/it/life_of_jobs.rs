@@ -105,7 +105,9 @@ fn a_store_that_forgets_the_attempt_is_found() {
         ..job_book::Rules::default()
     };
     let check_move = job_book::Rules { check_move: |_, _| Ok(()), ..job_book::Rules::default() };
-    for store in [settle, check_move] {
+    let may_renew =
+        job_book::Rules { may_renew: |job, _| job.state == DurableState::Reserved, ..job_book::Rules::default() };
+    for store in [settle, check_move, may_renew] {
         assert_broken(taken_over(Rules { store, ..Rules::default() }), "no attempt writes after its successor");
     }
     assert_broken(one_job(Rules { store: check_move, ..Rules::default() }), "every job is settled once");

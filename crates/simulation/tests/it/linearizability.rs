@@ -47,7 +47,7 @@ fn draw(history: u32, random: &mut Rng) -> Operation {
             let (state, tokens) = (states[random.usize(..3)], random.u32(..3));
             Operation::Finalise { job, attempt, worker, state, tokens }
         }
-        12 => Operation::Renew { job, lease_until },
+        12 => Operation::Renew { job, attempt: random.u32(1..4), lease_until },
         13 => Operation::ReleaseExpired { now: lease_until / 2 },
         14 => Operation::Find { job },
         _ => Operation::Held { worker },

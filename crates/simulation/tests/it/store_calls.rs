@@ -2,7 +2,8 @@
 
 use metadata_store::fencing::Standing;
 use metadata_store::{
-    FinaliseError, JobKey, JobRecord, JobStore, NewJob, Reassignment, ReserveError, Reserved, Settlement, TerminalState,
+    FinaliseError, JobKey, JobRecord, JobStore, Lease, NewJob, Reassignment, ReserveError, Reserved, Settlement,
+    TerminalState,
 };
 use proptest::prelude::*;
 use protocol::usage::TokenUsage;
@@ -102,8 +103,11 @@ pub(crate) async fn perform(store: &dyn JobStore, operation: Operation) -> Outco
                 Err(FinaliseError::Store(error)) => panic!("the store failed: {error}"),
             }
         }
-        Operation::Renew { job, lease_until } => {
-            let lost = store.renew(vec![key(job)], UnixMillis(lease_until)).await.expect("the store works");
+        Operation::Renew { job, attempt, lease_until } => {
+            let lost = store
+                .renew(vec![Lease { key: key(job), attempt }], UnixMillis(lease_until))
+                .await
+                .expect("the store works");
             Outcome::Renewed(lost.is_empty())
         }
         Operation::ReleaseExpired { now } => {
@@ -137,10 +141,11 @@ pub(crate) fn operations() -> impl Strategy<Value = Operation> {
                 job, from_attempt, worker, capacity, lease_until,
             }
         ),
-        4 => (job.clone(), attempt, worker.clone(), state, 0..9u32).prop_map(|(job, attempt, worker, state, tokens)| {
+        4 => (job.clone(), attempt.clone(), worker.clone(), state, 0..9u32).prop_map(|(job, attempt, worker, state, tokens)| {
             Operation::Finalise { job, attempt, worker, state, tokens }
         }),
-        2 => (job.clone(), lease_until.clone()).prop_map(|(job, lease_until)| Operation::Renew { job, lease_until }),
+        2 => (job.clone(), attempt, lease_until.clone())
+            .prop_map(|(job, attempt, lease_until)| Operation::Renew { job, attempt, lease_until }),
         1 => lease_until.prop_map(|now| Operation::ReleaseExpired { now }),
         2 => job.prop_map(|job| Operation::Find { job }),
         1 => worker.prop_map(|worker| Operation::Held { worker }),

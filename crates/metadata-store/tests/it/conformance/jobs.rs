@@ -10,7 +10,9 @@ use tether_metadata_store::{
 };
 
 use super::Jobs;
-use super::samples::{LEASE, NOW, USAGE, attempt, job, key, model_key, reassignment, settlement, tenant, worker};
+use super::samples::{
+    LEASE, NOW, USAGE, attempt, job, key, lease, model_key, reassignment, settlement, tenant, worker,
+};
 
 pub(crate) async fn a_reserved_job_is_found_as_it_was_written(subject: Jobs) {
     let store = subject.store;
@@ -304,7 +306,7 @@ pub(crate) async fn a_job_nobody_wrote_is_not_found(subject: Jobs) {
     assert_eq!(store.job(&key(1)).await, Ok(None));
     assert_eq!(store.reassign(reassignment(1)).await, Err(ReassignError::NotFound));
     assert_eq!(store.finalise(settlement(1)).await, Err(FinaliseError::NotFound));
-    assert_eq!(store.renew(vec![key(1)], LEASE).await, Ok(vec![key(1)]));
+    assert_eq!(store.renew(vec![lease(1, 1)], LEASE).await, Ok(vec![lease(1, 1)]));
 }
 
 pub(crate) async fn a_lease_that_ran_out_fails_its_job_and_frees_the_slot(subject: Jobs) {
@@ -335,9 +337,21 @@ pub(crate) async fn a_renewed_lease_lives_on_and_is_never_shortened(subject: Job
     store.reserve(job(2)).await.expect("reserves");
     store.finalise(settlement(2)).await.expect("settles");
     let later = UnixMillis(LEASE.0 + 1);
-    assert_eq!(store.renew(vec![key(1), key(2), key(3)], later).await, Ok(vec![key(2), key(3)]));
-    assert_eq!(store.renew(vec![key(1)], NOW).await, Ok(vec![]));
+    let renewed = store.renew(vec![lease(1, 1), lease(2, 1), lease(3, 1)], later).await;
+    assert_eq!(renewed, Ok(vec![lease(2, 1), lease(3, 1)]));
+    assert_eq!(store.renew(vec![lease(1, 1)], NOW).await, Ok(vec![]));
     assert_eq!(store.release_expired(LEASE, 10).await, Ok(vec![]));
+    assert_eq!(store.job(&key(1)).await.expect("reads").expect("is known").lease_until, Some(later));
+}
+
+pub(crate) async fn a_stale_attempt_does_not_renew_the_lease_of_its_successor(subject: Jobs) {
+    let store = subject.store;
+    store.reserve(job(1)).await.expect("reserves");
+    store.reassign(reassignment(1)).await.expect("moves");
+    let (later, moved) = (UnixMillis(LEASE.0 + 100), store.job(&key(1)).await.expect("reads").expect("is known"));
+    assert_eq!(store.renew(vec![lease(1, 1)], later).await, Ok(vec![lease(1, 1)]));
+    assert_eq!(store.job(&key(1)).await, Ok(Some(moved)));
+    assert_eq!(store.renew(vec![lease(1, 2)], later).await, Ok(vec![]));
     assert_eq!(store.job(&key(1)).await.expect("reads").expect("is known").lease_until, Some(later));
 }
 

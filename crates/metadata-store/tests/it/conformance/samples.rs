@@ -5,7 +5,7 @@ use protocol::jobs::AttemptRecord;
 use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, Digest, PublicKey, TenantId, TraceId, UnixMillis, WorkerId};
-use tether_metadata_store::{JobKey, NewJob, Reassignment, Settlement, TerminalState, TokenRecord};
+use tether_metadata_store::{JobKey, Lease, NewJob, Reassignment, Settlement, TerminalState, TokenRecord};
 use uuid::Uuid;
 
 pub(crate) const NOW: UnixMillis = UnixMillis(1_700_000_000_000);
@@ -64,6 +64,10 @@ pub(crate) fn settlement(number: u128) -> Settlement {
 }
 
 /// The move of a job's first attempt to worker 2, which may hold 4.
+pub(crate) fn lease(number: u128, attempt: u32) -> Lease {
+    Lease { key: key(number), attempt }
+}
+
 pub(crate) fn reassignment(number: u128) -> Reassignment {
     Reassignment {
         key: key(number),
