@@ -23,6 +23,7 @@ mod usage;
 mod writer;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -68,7 +69,12 @@ pub struct SqliteStore(Backend);
 
 enum Backend {
     // The reader is dropped first: the last connection to close removes the write-ahead log.
-    File { reader: DbThread, writer: DbThread },
+    File {
+        reader: DbThread,
+        writer: DbThread,
+        /// Whether the file may still have reservations of the process that had it before.
+        has_orphans: AtomicBool,
+    },
     // In memory there is no disk to wait for: each call runs on the caller's thread, in the caller's order.
     Memory(Mutex<Option<Connection>>),
 }
@@ -95,6 +101,7 @@ impl SqliteStore {
                     drop(lock);
                 }),
             )?,
+            has_orphans: AtomicBool::new(true),
         }))
     }
 
@@ -102,6 +109,16 @@ impl SqliteStore {
     /// that simulations are reproducible and paused time does not advance.
     pub fn in_memory() -> Result<Self, OpenError> {
         Ok(Self(Backend::Memory(Mutex::new(Some(open::open_in_memory()?)))))
+    }
+
+    /// Returns whether all reservations in the store are those of a process that has ended. That is so once: this store
+    /// has locked the file since it was opened, and nothing was reserved with it. In memory, nobody knows who else has
+    /// the store.
+    fn takes_orphans(&self) -> bool {
+        match &self.0 {
+            Backend::File { has_orphans, .. } => has_orphans.swap(false, Ordering::Relaxed),
+            Backend::Memory(_) => false,
+        }
     }
 
     async fn write<T, F>(&self, run: F) -> Result<T, StoreError>
@@ -163,7 +180,7 @@ impl From<rusqlite::Error> for StoreError {
 impl Store for SqliteStore {
     async fn close(&self) -> Result<(), StoreError> {
         match &self.0 {
-            Backend::File { reader, writer } => {
+            Backend::File { reader, writer, .. } => {
                 reader.close().await;
                 writer.close().await;
             }

@@ -718,6 +718,7 @@ impl Orchestrator {
                 config.registry_absence,
             ),
             decisions: DecisionLog::new(config.decisions_kept),
+        reservations.release_orphans().await;
             retry_budgets: Mutex::new(RetryBudgets::new(config.retry_budget_percent)),
             records: Mutex::default(),
             first_tokens: Mutex::default(),

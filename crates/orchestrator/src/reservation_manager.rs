@@ -340,6 +340,17 @@ impl ReservationManager {
         }
     }
 
+    /// Releases what an orchestrator held that had the store before and died, so that repeats of its jobs run at once.
+    /// Called before the first reservation.
+    pub(crate) async fn release_orphans(&self) {
+        match self.store.release_orphans(self.now()).await {
+            Ok(jobs) if jobs.is_empty() => {}
+            Ok(jobs) => warn!(jobs = jobs.len(), "the orchestrator before this one ended in the middle of jobs"),
+            // They are released when their leases expire.
+            Err(error) => warn!(%error, "could not release what the orchestrator before this one held"),
+        }
+    }
+
     async fn release_expired(&self) {
         match self.store.release_expired(self.clock.now(), EXPIRED_AT_ONCE).await {
             Ok(jobs) => {

@@ -15,6 +15,8 @@ use crate::store::StoreError;
 #[async_trait]
 impl JobStore for SqliteStore {
     async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError> {
+        // From here on, not all reservations are those of the process before.
+        self.takes_orphans();
         self.write(move |connection| reservations::reserve(connection, &job)).await?
     }
 
@@ -32,6 +34,13 @@ impl JobStore for SqliteStore {
 
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError> {
         self.write(move |connection| reservations::release_expired(connection, now, limit)).await
+    }
+
+    async fn release_orphans(&self, now: UnixMillis) -> Result<Vec<JobRecord>, StoreError> {
+        if !self.takes_orphans() {
+            return Ok(vec![]);
+        }
+        self.write(move |connection| reservations::release_all(connection, now)).await
     }
 
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> {

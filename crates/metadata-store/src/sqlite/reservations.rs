@@ -179,14 +179,26 @@ pub(super) fn release_expired(
         .prepare_cached("SELECT job_id FROM reservations WHERE lease_until <= ?1 ORDER BY lease_until LIMIT ?2")?
         .query_map((integer(now.0), limit), |row| row.get(0))?
         .collect::<rusqlite::Result<_>>()?;
+    release(connection, expired, now, "nobody renewed the job's reservation in time")
+}
+
+/// Fails all jobs that have a reservation and frees their slots.
+pub(super) fn release_all(connection: &Connection, now: UnixMillis) -> rusqlite::Result<Vec<JobRecord>> {
+    let held: Vec<i64> = connection
+        .prepare_cached("SELECT job_id FROM reservations ORDER BY job_id")?
+        .query_map((), |row| row.get(0))?
+        .collect::<rusqlite::Result<_>>()?;
+    release(connection, held, now, "the orchestrator of the job ended before the job did")
+}
+
+fn release(connection: &Connection, jobs: Vec<i64>, now: UnixMillis, why: &str) -> rusqlite::Result<Vec<JobRecord>> {
     let mut fail = connection.prepare_cached(
         "UPDATE jobs SET state = 'failed', error_code = ?2, error_message = ?3, updated_at = ?4 WHERE job_id = ?1",
     )?;
-    expired
-        .into_iter()
+    jobs.into_iter()
         .map(|job_id| {
             let code = ErrorCode::WorkerFailed.as_str();
-            fail.execute((job_id, code, "nobody renewed the job's reservation in time", integer(now.0)))?;
+            fail.execute((job_id, code, why, integer(now.0)))?;
             free(connection, job_id)?;
             // No dead letter: that its orchestrator went away says nothing of the job, and only the orchestrator had
             // its request.

@@ -9,12 +9,12 @@ use std::time::Duration;
 use rusqlite::Connection;
 use tempfile::TempDir;
 use tether_metadata_store::{
-    JobStore, NewJob, OpenError, RegistryStore, ReserveError, Reserved, SqliteStore, Store, StoreError, StoreOptions,
-    UsageCursor,
+    DurableState, JobRecord, JobStore, NewJob, OpenError, RegistryStore, ReserveError, Reserved, SqliteStore, Store,
+    StoreError, StoreOptions, TerminalState, UsageCursor,
 };
 use tokio::task::JoinSet;
 
-use crate::conformance::samples::{LEASE, job, key, settlement, tenant, worker};
+use crate::conformance::samples::{LEASE, NOW, job, key, settlement, tenant, worker};
 use crate::conformance::{Jobs, Registry, Subject, job_store_conforms, registry_store_conforms};
 
 mod in_a_file {
@@ -371,5 +371,31 @@ async fn a_killed_process_loses_nothing_it_acknowledged() {
             assert!(!settled || job.usage.is_some(), "{number} was settled");
             assert_eq!(job.lease_until.is_none(), job.usage.is_some(), "{number} is whole");
         }
+
+        // The lock on the file proves that nobody else works on these jobs.
+        let held: u32 = store.active_reservations().await.expect("reads").iter().map(|(_, count)| count).sum();
+        let orphans = store.release_orphans(NOW).await.expect("releases");
+        assert!(held > 0 && orphans.len() == held as usize, "{held} {}", orphans.len());
+        assert!(orphans.iter().all(|job| job.state == DurableState::Settled(TerminalState::Failed)));
+        assert_eq!(store.active_reservations().await, Ok(vec![]));
+        let again = NewJob { request_fingerprint: orphans[0].request_fingerprint, ..job_like(&orphans[0]) };
+        assert_eq!(store.reserve(again).await, Ok(Reserved::Again { attempt: orphans[0].attempt + 1 }));
+        assert_eq!(store.release_orphans(NOW).await, Ok(vec![]), "this one is ours");
     }
+}
+
+#[tokio::test]
+async fn reservations_of_this_process_are_no_orphans() {
+    let folder = folder();
+    let store = open(&folder.path().join("own.db")).expect("opens");
+    store.reserve(job(1)).await.expect("reserves");
+    assert_eq!(store.release_orphans(NOW).await, Ok(vec![]));
+    let shared = SqliteStore::in_memory().expect("opens");
+    shared.reserve(job(1)).await.expect("reserves");
+    assert_eq!(shared.release_orphans(NOW).await, Ok(vec![]));
+}
+
+/// The job of a record, as it comes again.
+fn job_like(record: &JobRecord) -> NewJob {
+    NewJob { key: record.key.clone(), ..job(1) }
 }

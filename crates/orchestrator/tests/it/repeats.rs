@@ -210,3 +210,26 @@ async fn an_orchestrator_may_keep_no_answers() {
     let refused = stand.answer(&again(&job)).await.expect_err("its answer is gone");
     assert_eq!(refused.code, ErrorCode::IdempotencyKeyReused);
 }
+
+#[tokio::test]
+async fn a_repeat_runs_at_once_after_its_orchestrator_was_killed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = |name: &str| folder.path().join(name);
+    let open = |name: &str| Arc::new(SqliteStore::open(file(name), StoreOptions::default()).expect("opens"));
+    let first = stand_on(open("first.db"), Config::default()).await;
+    first.worker(1, Manner::Hang).await;
+    let job = repeatable(&first);
+    let mut answer = submit(&first, &job).await;
+    next(&mut answer).await;
+    // What a process leaves that is killed now.
+    for end in ["", "-wal"] {
+        std::fs::copy(file(&format!("first.db{end}")), file(&format!("second.db{end}"))).expect("copied");
+    }
+    let second = stand_on(open("second.db"), Config::default()).await;
+    // The store knows the reports of the first worker.
+    second.worker(2, Manner::Answer(1)).await;
+    let chunks = whole(&second, &again(&job)).await;
+    assert!(parts(&chunks).iter().all(|chunk| chunk.attempt == 2), "{chunks:?}");
+    let record = second.record(&job).await.expect("kept");
+    assert_eq!((record.state, record.attempt, second.usage().await.len()), (COMPLETED, 2, 1));
+}
