@@ -357,9 +357,13 @@ pub enum EngineError {
         /// The memory that the load may take.
         available_bytes: u64,
     },
-    /// The engine failed, or its process was killed from outside. Try another worker.
+    /// The engine failed. Try another worker.
     #[error("the engine failed: {reason}")]
     Failed { reason: String },
+    /// The engine's process was killed from outside, by an operator or because memory ran out. This says nothing of the
+    /// request. Try another worker.
+    #[error("the engine was killed: {reason}")]
+    Killed { reason: String },
     /// The engine's process crashed while it worked on this request. Try another worker, but only a few times.
     #[error("the engine crashed: {reason}")]
     Crashed {

@@ -14,12 +14,14 @@ use crate::sealing::SealingKey;
 const REQUEST_BYTES_MAX: usize = 12 * 1024 * 1024;
 
 /// Returns whether the end of an attempt speaks against its request: a worker took the job and failed it without
-/// progress. A worker that is full, stops, is killed or cut off says nothing of the request.
+/// progress. A worker that is full, stops, is killed, loses its engine to a
+/// signal from outside, or is cut off says nothing of the request.
 pub(crate) fn counts(end: &AttemptEnd, is_dispatched: bool, progressed: bool) -> bool {
     let AttemptEnd::Failed { error, fault, .. } = end else { return false };
     let is_failure =
         matches!(error.code, ErrorCode::WorkerFailed | ErrorCode::InternalError | ErrorCode::EngineCrashed);
-    let is_outside = matches!(fault, Fault::Unacknowledged | Fault::Ended | Fault::Lost | Fault::Leaving);
+    let is_outside =
+        matches!(fault, Fault::Unacknowledged | Fault::Ended | Fault::Lost | Fault::EngineKilled | Fault::Leaving);
     is_dispatched && !progressed && is_failure && !is_outside
 }
 
@@ -103,6 +105,7 @@ mod tests {
             assert_eq!(counts(&failed(code, Fault::None), true, false), is_failure, "{code}");
             assert_eq!(counts(&failed(code, Fault::Breach), true, false), is_failure, "{code}");
             assert!(!counts(&failed(code, Fault::Lost), true, false), "{code}: killed or cut off");
+            assert!(!counts(&failed(code, Fault::EngineKilled), true, false), "{code}: its engine was killed");
             assert!(!counts(&failed(code, Fault::Unacknowledged), true, false), "{code}: it never took the job");
             assert!(!counts(&failed(code, Fault::None), true, true), "{code}: it made progress");
             assert!(!counts(&failed(code, Fault::None), false, false), "{code}: no worker had it");

@@ -282,6 +282,8 @@ pub enum Fault {
     Ended,
     /// The connection to the worker broke: it was cut off, or its machine is gone.
     Lost,
+    /// The worker's engine was killed from outside.
+    EngineKilled,
     /// The worker stops, and hands the job over.
     Leaving,
     /// The worker broke the contract, or lied.
@@ -422,9 +424,8 @@ pub async fn attempt(
     let mut answer = match opened {
         Ok(answer) => answer,
         Err(error) => {
-            let is_refusal = matches!(error, CallError::Remote(_));
+            let fault = if let CallError::Remote(said) = &error { fault_of(said) } else { Fault::Unacknowledged };
             let error = failure(error, bounds, deadline);
-            let fault = if is_refusal { fault_of(&error) } else { Fault::Unacknowledged };
             return AttemptEnd::Failed { error, fault, usage: TokenUsage::default() };
         }
     };
@@ -471,17 +472,22 @@ pub async fn attempt(
 /// Returns the end of an attempt whose stream broke.
 fn broken(error: CallError, bounds: Bounds, deadline: Instant, usage: TokenUsage) -> AttemptEnd {
     let fault = match &error {
-        CallError::PeerEnded => Some(Fault::Ended),
-        CallError::Closed => Some(Fault::Lost),
-        _ => None,
+        CallError::PeerEnded => Fault::Ended,
+        CallError::Closed => Fault::Lost,
+        CallError::Remote(said) => fault_of(said),
+        _ => Fault::None,
     };
     let error = failure(error, bounds, deadline);
-    let fault = fault.unwrap_or_else(|| fault_of(&error));
     AttemptEnd::Failed { error, fault, usage }
 }
 
-fn fault_of(error: &WireError) -> Fault {
-    if error.code == ErrorCode::WorkerStopping { Fault::Leaving } else { Fault::None }
+/// Returns what a worker's error says of it.
+fn fault_of(said: &WireError) -> Fault {
+    match said.code {
+        ErrorCode::WorkerStopping => Fault::Leaving,
+        ErrorCode::WorkerFailed if said.suspects == Some(0) => Fault::EngineKilled,
+        _ => Fault::None,
+    }
 }
 
 /// How the relay of an answer ended.

@@ -317,7 +317,7 @@ impl Orchestrator {
         let aside = match fault {
             Fault::Unacknowledged => Some("it did not acknowledge a job"),
             Fault::Ended => Some("its port is closed, so its process has ended"),
-            Fault::None | Fault::Lost | Fault::Leaving | Fault::Breach => None,
+            Fault::None | Fault::Lost | Fault::EngineKilled | Fault::Leaving | Fault::Breach => None,
         };
         if let Some((reason, reservation)) = aside.zip(journey.reservation.as_ref()) {
             self.set_aside(reservation.worker_id, journey.attempt_began, reason);

@@ -314,7 +314,8 @@ pub struct WireError {
     /// Progress of the load, if the model is being loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loading: Option<Box<LoadingModel>>,
-    /// Number of jobs that an engine was running when it crashed, including this one.
+    /// Number of jobs that an engine was running when it crashed, including this one. 0 if the engine was killed from
+    /// outside, which says nothing of its jobs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspects: Option<u32>,
 }

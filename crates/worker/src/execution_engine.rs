@@ -157,7 +157,10 @@ impl ExecutionEngine {
         match self.loader.attach(entry, model, adapter).await {
             Ok(attached) => Ok(Some(attached)),
             Err(LoadError::Engine(
-                error @ (EngineError::Failed { .. } | EngineError::Crashed { .. } | EngineError::NotLoaded),
+                error @ (EngineError::Failed { .. }
+                | EngineError::Killed { .. }
+                | EngineError::Crashed { .. }
+                | EngineError::NotLoaded),
             )) => Err(error.into()),
             Err(error) => {
                 warn!(model = %entry.key, adapter = %adapter.name, %error, "the adapter could not be attached");
@@ -279,7 +282,11 @@ impl ExecutionEngine {
     /// Records an engine's error and translates it to a wire error.
     fn failed(&self, entry: &Entry, model: ModelId, error: &EngineError, request: &InferRequest) -> WireError {
         self.loader.job_failed(entry, model, error);
-        if let EngineError::Failed { .. } | EngineError::Crashed { .. } | EngineError::InvalidModel { .. } = error {
+        if let EngineError::Failed { .. }
+        | EngineError::Killed { .. }
+        | EngineError::Crashed { .. }
+        | EngineError::InvalidModel { .. } = error
+        {
             warn!(correlation_id = %request.correlation_id, model = %entry.key, %error, "the engine failed a job");
         }
         wire_error(error, &request.input)

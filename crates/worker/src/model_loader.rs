@@ -437,7 +437,7 @@ impl ModelLoader {
     /// Records that a job failed on an engine.
     pub(crate) fn job_failed(&self, entry: &Entry, id: ModelId, error: &EngineError) {
         let dead = match error {
-            EngineError::NotLoaded | EngineError::Crashed { .. } => true,
+            EngineError::NotLoaded | EngineError::Killed { .. } | EngineError::Crashed { .. } => true,
             // One request may fail by itself; an engine that fails every request is as good as dead.
             EngineError::Failed { .. } => !is_listed(&self.runtime.load_state(), id) || entry.strike() >= STRIKES_MAX,
             _ => false,
@@ -451,7 +451,7 @@ impl ModelLoader {
     pub(crate) fn is_gone(&self, id: ModelId, error: &EngineError) -> bool {
         match error {
             EngineError::NotLoaded => true,
-            EngineError::Failed { .. } => !is_listed(&self.runtime.load_state(), id),
+            EngineError::Failed { .. } | EngineError::Killed { .. } => !is_listed(&self.runtime.load_state(), id),
             _ => false,
         }
     }

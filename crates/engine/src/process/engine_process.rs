@@ -154,8 +154,14 @@ impl EngineProcess {
             }
             let reason = explain(pid, &ending, status, last_words.telling());
             // The process is closed first, so that it cannot be added to the list after it was removed.
-            let was_closed = supervised.state().closed.replace(EngineError::Failed { reason: reason.clone() });
-            let crash = (was_closed.is_none() && has_crashed(&ending, status)).then(|| reason.clone());
+            let has_crashed = has_crashed(&ending, status);
+            let end = if !has_crashed && is_signalled(&ending, status) {
+                EngineError::Killed { reason: reason.clone() }
+            } else {
+                EngineError::Failed { reason: reason.clone() }
+            };
+            let was_closed = supervised.state().closed.replace(end);
+            let crash = (was_closed.is_none() && has_crashed).then(|| reason.clone());
             if let Some(error) = was_closed {
                 supervised.state().closed = Some(error);
             }
@@ -383,6 +389,11 @@ fn has_crashed(ending: &Ending, status: Option<ExitStatus>) -> bool {
     let by_itself =
         |status: ExitStatus| status.signal().is_none_or(|signal| own.iter().any(|own| own.as_raw() == signal));
     matches!(ending, Ending::Closed) && status.is_some_and(by_itself)
+}
+
+/// Returns whether a signal ended a process that its worker did not end.
+fn is_signalled(ending: &Ending, status: Option<ExitStatus>) -> bool {
+    matches!(ending, Ending::Closed) && status.is_some_and(|status| status.signal().is_some())
 }
 
 /// Decides whether the model or the machine is to blame for the death of a loading process.

@@ -44,7 +44,7 @@ async fn a_process_killed_in_the_middle_of_an_answer_fails_it() {
         within(stream.next()).await.expect("it runs").expect("and well");
     }
     kill(model.pid.expect("it has a process"));
-    assert!(matches!(read(stream).await.end, Err(EngineError::Failed { .. })));
+    assert!(matches!(read(stream).await.end, Err(EngineError::Killed { .. })));
 }
 
 #[test]

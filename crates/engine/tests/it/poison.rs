@@ -81,7 +81,7 @@ async fn try_out(runtime: &ProcessRuntime, file: &[u8], how: &str) -> Option<Str
             };
             let _ = within(runtime.unload(model.id)).await;
             match end {
-                Err(EngineError::Failed { reason }) => died(&reason),
+                Err(EngineError::Failed { reason } | EngineError::Killed { reason }) => died(&reason),
                 _ => None,
             }
         }

@@ -151,7 +151,7 @@ async fn a_process_that_is_killed_fails_its_generations_and_the_next_load_works(
     within(stream.next()).await.expect("it starts").expect("and well");
     kill(model.pid.expect("it has a process"));
     let end = read(stream).await.end;
-    assert!(matches!(&end, Err(EngineError::Failed { reason }) if reason.contains("signal: 9")), "{end:?}");
+    assert!(matches!(&end, Err(EngineError::Killed { reason }) if reason.contains("signal: 9")), "{end:?}");
     assert!(runtime.load_state().is_empty());
     assert_eq!(within(runtime.generate(ask(model.id, "a"))).await.err(), Some(EngineError::NotLoaded));
     let again = within(runtime.load(tiny(), LoadOptions::default(), no_progress())).await.expect("it loads again");

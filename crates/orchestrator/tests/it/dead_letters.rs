@@ -61,6 +61,7 @@ async fn failures_that_say_nothing_of_the_request_leave_no_dead_letter() {
     let manners = [
         ("killed", Manner::DieAfter(0)),
         ("killed in the middle of the answer", Manner::DieUntold(2)),
+        ("their engines killed", Manner::LoseEngine),
         ("stopped", Manner::Refuse(ErrorCode::WorkerStopping)),
         ("full", Manner::Refuse(ErrorCode::WorkerFull)),
         ("away", Manner::Refuse(ErrorCode::Unavailable)),

@@ -46,6 +46,10 @@ pub(crate) enum Manner {
     DieAfter(u64),
     /// Takes the job, and its engine crashes while it works on so many.
     Crash(u32),
+    /// Takes the job, and its engine is killed from outside.
+    LoseEngine,
+    /// Says nothing for so many seconds, then answers with one chunk and an end.
+    Late(u64),
     /// Takes the job, and its engine crashes after this many chunks.
     CrashAfter(u64),
     /// Answers with this many chunks that list no tokens, and dies.
@@ -464,7 +468,13 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         | Manner::LeaveAfter(chunks)
         | Manner::DieUntold(chunks) => chunks,
         Manner::Hang | Manner::WrongAttempt | Manner::AnswerAs(_) | Manner::Only(_) => 1,
-        Manner::Crash(_) | Manner::Idle | Manner::Wait | Manner::Read(_) | Manner::FallSilent(_) => 0,
+        Manner::Late(_) => 0,
+        Manner::LoseEngine
+        | Manner::Crash(_)
+        | Manner::Idle
+        | Manner::Wait
+        | Manner::Read(_)
+        | Manner::FallSilent(_) => 0,
     };
     let Ok(mut reply) = call.accept().await else { return };
     for seq in first..chunks {
@@ -503,8 +513,15 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         let _ = reply.finish().await;
         return;
     }
+    if let Manner::Late(seconds) = manner {
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+    }
     match manner {
-        Manner::Answer(_) | Manner::AnswerAs(_) | Manner::Only(_) | Manner::WrongAttempt => {
+        Manner::LoseEngine => {
+            let error = WireError::new(ErrorCode::WorkerFailed, "the engine was killed, try again");
+            let _ = reply.fail(error.with_suspects(0)).await;
+        }
+        Manner::Late(_) | Manner::Answer(_) | Manner::AnswerAs(_) | Manner::Only(_) | Manner::WrongAttempt => {
             let _ = reply.send(&chunk(chunks, true)).await;
             let _ = reply.finish().await;
         }

@@ -92,6 +92,10 @@ pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
         EngineError::Crashed { suspects, .. } => {
             WireError::new(ErrorCode::EngineCrashed, "the engine crashed, try again").with_suspects(*suspects)
         }
+        // No request is suspected.
+        EngineError::Killed { .. } => {
+            WireError::new(ErrorCode::WorkerFailed, "the engine was killed, try again").with_suspects(0)
+        }
         EngineError::InvalidModel { .. } | EngineError::OutOfMemory { .. } | EngineError::Failed { .. } => {
             WireError::new(ErrorCode::WorkerFailed, "the engine failed, try again")
         }
@@ -227,10 +231,15 @@ mod tests {
             (EngineError::NotLoaded, of_text(), ErrorCode::WorkerFailed, None),
             (EngineError::InvalidModel { reason: secret() }, of_text(), ErrorCode::WorkerFailed, None),
             (EngineError::Failed { reason: secret() }, of_text(), ErrorCode::WorkerFailed, None),
+            (EngineError::Killed { reason: secret() }, of_text(), ErrorCode::WorkerFailed, None),
         ] {
             let wire = wire_error(&error, &input);
             assert_eq!((wire.code, wire.param.as_deref()), (code, param), "{error}");
             assert!(!wire.message.contains("secret"), "{wire}");
         }
+        let suspects = |error| wire_error(&error, &of_text()).suspects;
+        assert_eq!(suspects(EngineError::Killed { reason: secret() }), Some(0), "nobody is suspected");
+        assert_eq!(suspects(EngineError::Failed { reason: secret() }), None);
+        assert_eq!(suspects(EngineError::Crashed { reason: secret(), suspects: 2 }), Some(2));
     }
 }
