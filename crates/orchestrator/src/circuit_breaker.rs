@@ -9,6 +9,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use crate::usual_wait::UsualWait;
+
 /// When a breaker opens and closes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -21,6 +23,11 @@ pub struct BreakerConfig {
     pub failure_ratio: f64,
     /// Seconds of a worker's silence before the first token above which an outcome is bad.
     pub slow_secs: u64,
+    /// An outcome is also bad if the wait for its first token is this many times the model's usual one: the median of
+    /// several minutes. A wait ends with each further evaluated token of the prompt. With 0 only `slow_secs` counts.
+    pub slow_factor: u32,
+    /// Seconds below which no wait for the first token is slow, however short the usual one is.
+    pub slow_factor_secs_min: u64,
     /// Seconds for which a breaker stays open at first. The time doubles with each failed probe.
     pub open_secs: u64,
     /// Maximum number of seconds for which a breaker stays open.
@@ -29,7 +36,16 @@ pub struct BreakerConfig {
 
 impl Default for BreakerConfig {
     fn default() -> Self {
-        Self { window_secs: 30, outcomes_min: 10, failure_ratio: 0.5, slow_secs: 60, open_secs: 5, open_secs_max: 60 }
+        Self {
+            window_secs: 30,
+            outcomes_min: 10,
+            failure_ratio: 0.5,
+            slow_secs: 60,
+            slow_factor: 10,
+            slow_factor_secs_min: 10,
+            open_secs: 5,
+            open_secs_max: 60,
+        }
     }
 }
 
@@ -83,6 +99,7 @@ pub struct CircuitBreaker {
     /// When a worker's last failure was counted.
     failed_at: HashMap<WorkerId, Instant>,
     phase: Phase,
+    usual_wait: UsualWait,
     /// How long it stays open. The time doubles until it closes.
     open_for: Backoff,
 }
@@ -109,6 +126,7 @@ impl CircuitBreaker {
             outcomes: VecDeque::new(),
             failures: 0,
             failed_at: HashMap::new(),
+            usual_wait: UsualWait::default(),
             phase: Phase::Closed,
         }
     }
@@ -143,6 +161,18 @@ impl CircuitBreaker {
                 Admission::Probe
             }
         }
+    }
+
+    /// Records how long a request waited for its first token. Returns whether that is far longer than usual.
+    ///
+    /// A probe is never too slow in this sense: a model that has become slower for good would be refused for ever.
+    pub fn is_slow(&mut self, wait: Duration, admission: Admission, now: Instant) -> bool {
+        let usual = self.usual_wait.median();
+        self.usual_wait.record(wait, now);
+        let floor = Duration::from_secs(self.config.slow_factor_secs_min);
+        let factor = self.config.slow_factor;
+        let is_long = |usual: Duration| wait > usual.saturating_mul(factor).max(floor);
+        factor > 0 && admission == Admission::Pass && usual.is_some_and(is_long)
     }
 
     /// Records the outcome of an admitted request. Requests that ended through no fault of the model or the region (the
@@ -281,6 +311,41 @@ mod tests {
         fail(&mut breaker, 1, now);
         assert_eq!(breaker.state(), BreakerState::Open);
         assert_eq!(breaker.admit(now), Admission::Refuse { retry_after: seconds(5) });
+    }
+
+    /// A breaker whose model usually takes so long.
+    fn used_to(wait: Duration, config: BreakerConfig) -> (CircuitBreaker, Instant) {
+        let (mut breaker, mut now) = (CircuitBreaker::new(config), Instant::now());
+        for _ in 0..100 {
+            now += seconds(2);
+            assert!(!breaker.is_slow(wait, Admission::Pass, now));
+        }
+        (breaker, now)
+    }
+
+    #[test]
+    fn an_answer_is_slow_if_it_takes_far_longer_than_usual() {
+        let (mut breaker, now) = used_to(seconds(2), BreakerConfig::default());
+        assert!(!breaker.is_slow(seconds(20), Admission::Pass, now));
+        assert!(breaker.is_slow(seconds(21), Admission::Pass, now));
+        assert!(!breaker.is_slow(seconds(21), Admission::Probe, now), "a probe that completes is good");
+        let (mut quick, now) = used_to(Duration::from_millis(1), BreakerConfig::default());
+        assert!(!quick.is_slow(seconds(10), Admission::Pass, now), "the floor");
+        assert!(quick.is_slow(seconds(11), Admission::Pass, now));
+        let (mut fixed, now) = used_to(seconds(2), BreakerConfig { slow_factor: 0, ..BreakerConfig::default() });
+        assert!(!fixed.is_slow(seconds(59), Admission::Pass, now));
+        let mut new = CircuitBreaker::new(BreakerConfig::default());
+        assert!(!new.is_slow(seconds(59), Admission::Pass, now), "nobody knows what is usual");
+    }
+
+    #[test]
+    fn a_model_that_has_become_slower_for_good_is_not_slow_for_ever() {
+        let (mut breaker, mut now) = used_to(seconds(1), BreakerConfig::default());
+        let slow = (0..1_000).filter(|_| {
+            now += seconds(2);
+            breaker.is_slow(seconds(30), Admission::Pass, now)
+        });
+        assert!((90..=110).contains(&slow.count()));
     }
 
     #[test]

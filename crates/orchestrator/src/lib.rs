@@ -34,6 +34,7 @@ pub mod retry_budget;
 pub mod retry_manager;
 pub mod scheduler;
 mod sealing;
+mod usual_wait;
 mod worker_errors;
 pub mod worker_record;
 

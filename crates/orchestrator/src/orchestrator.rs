@@ -541,6 +541,7 @@ impl Orchestrator {
 
     /// Records what an attempt says of its worker and of its model, and ejects a worker that failed too often or lied.
     fn judge(&self, journey: &mut Journey, end: &AttemptEnd) {
+        let wait = journey.waits.last().map(|(_, wait)| *wait).filter(|_| matches!(end, AttemptEnd::Complete { .. }));
         self.record_waits(journey);
         let slow = Duration::from_secs(self.config.breaker.slow_secs);
         let good = match end {
@@ -554,7 +555,13 @@ impl Orchestrator {
         if let Some(admission) = journey.admission.take() {
             let (model, is_failure) = (journey.model().clone(), matches!(end, AttemptEnd::Failed { .. }));
             match outcome {
-                Some(outcome) => journey.verdicts.push(Verdict { model, outcome, is_failure }),
+                Some(outcome) => {
+                    // Workers differ in speed, so this is no fault of the worker.
+                    let is_slow =
+                        |wait| self.with_breaker(&model, |breaker, now| breaker.is_slow(wait, admission, now));
+                    let outcome = Outcome { good: !wait.is_some_and(is_slow) && outcome.good, ..outcome };
+                    journey.verdicts.push(Verdict { model, outcome, is_failure });
+                }
                 None => self.with_breaker(&model, |breaker, now| breaker.abandon(admission, now)),
             }
         }

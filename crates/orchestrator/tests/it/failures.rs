@@ -156,6 +156,35 @@ async fn a_model_that_keeps_failing_opens_its_breaker_and_a_probe_closes_it() {
     assert!(stand.metrics.encode().contains("tether_breaker_state{model=\"tether-tiny@1.0\",region=\"local\"} 0"));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_quick_model_that_becomes_slow_opens_its_breaker_and_a_slow_probe_closes_it() {
+    let mut config = Config::default();
+    (config.breaker.window_secs, config.breaker.failure_ratio) = (3_600, 0.3);
+    let stand = stand(config).await;
+    let worker = stand.worker(1, Manner::Answer(1)).await;
+    let answer = || async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        worker.report(&stand, |_| {}).await.expect("believed");
+        stand.answer(&stand.job()).await
+    };
+    for _ in 0..20 {
+        answer().await.expect("answered as usual");
+    }
+    *worker.manner.lock() = Manner::Late(12);
+    let mut slow = 0;
+    let refused = loop {
+        match answer().await {
+            Ok(_) => slow += 1,
+            Err(error) => break error,
+        }
+    };
+    // Eight of 28 are less than three tenths, nine of 29 are more.
+    assert_eq!((refused.code, slow), (ErrorCode::BreakerOpen, 9));
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    answer().await.expect("the probe");
+    answer().await.expect("closed again");
+}
+
 #[tokio::test]
 async fn callers_faults_do_not_open_the_breaker() {
     let stand = stand(Config::default()).await;
