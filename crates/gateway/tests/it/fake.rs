@@ -294,7 +294,7 @@ impl Fake {
             }
             return;
         }
-        let Ok(mut reply) = call.accept().await else { return };
+        let Ok(mut reply) = call.accept().await else { return self.cancelled.notify_one() };
         if self.play(&prompt, &request, &mut reply).await.is_err() {
             self.cancelled.notify_one();
             return;
