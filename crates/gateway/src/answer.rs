@@ -150,6 +150,13 @@ pub(crate) struct Begun {
     pub(crate) origin: Option<Origin>,
 }
 
+impl Begun {
+    /// Returns whether an earlier call began the answer, so that it costs and measures nothing.
+    pub(crate) fn is_repeat(&self) -> bool {
+        self.origin.is_some_and(|origin| origin.replayed || origin.attached)
+    }
+}
+
 /// A job's answer. Dropping it before its end cancels the job.
 pub struct Answer {
     correlation_id: CorrelationId,
@@ -180,10 +187,10 @@ impl Answer {
         cut: CancellationToken,
         permit: OwnedSemaphorePermit,
     ) -> Result<Self, WireError> {
-        let Begun { stream, first, origin } = begun;
-        if origin.is_some_and(|origin| origin.replayed) {
+        if begun.is_repeat() {
             record.replays();
         }
+        let Begun { stream, first, origin } = begun;
         let correlation_id = record.correlation_id;
         let mut answer = Self {
             correlation_id,

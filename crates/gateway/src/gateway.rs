@@ -30,7 +30,7 @@ use crate::config::{Config, seconds};
 use crate::folder_proof::FolderSecret;
 use crate::job::Job;
 use crate::json_body::invalid;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, SourceLabel};
 use crate::prompt_size;
 use crate::repeats::{Repeat, SDK_LINGER, SdkRequests};
 use crate::request_context::{AdmittedRequest, Origin, Refusal, RequestContext};
@@ -275,11 +275,15 @@ impl Gateway {
         let AdmittedRequest { grant, permit, mut record, rate: _, repeat } = admitted;
         let opened = async {
             let builds = self.check_job(&grant, &job, &mut record).await?;
+            let source = if job.keeps_answer { "key" } else { "sdk_retry" };
             let timeouts = self.timeouts(&record, &job);
             let expected = Expected::of(&job.input);
             let request = self.request(&grant, &builds, job, timeouts, &record)?;
             let begun = Box::pin(self.begin(request, timeouts)).await;
             let begun = begun.map_err(|error| repeat.name_key(error.for_clients()))?;
+            if begun.is_repeat() {
+                self.inner.metrics.idempotent_replays.get_or_create(&SourceLabel { source }).inc();
+            }
             let mut entries: Vec<_> = builds.into_iter().map(|build| build.entry).collect();
             entries.extend(self.replayed_model(&begun, &entries).await?);
             Ok((begun, entries, expected))

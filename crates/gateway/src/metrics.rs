@@ -18,6 +18,13 @@ pub struct RequestLabel {
     pub finish_reason: &'static str,
 }
 
+/// Labels of a request that repeats another one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct SourceLabel {
+    /// How the repeat was recognised: `key`, or `sdk_retry`.
+    pub source: &'static str,
+}
+
 /// Metrics of a gateway. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Metrics {
@@ -27,6 +34,7 @@ pub struct Metrics {
     pub inter_token_latency: Family<ModelLabel, Histogram>,
     pub request_duration: Family<ModelLabel, Histogram>,
     pub throttled: Counter,
+    pub idempotent_replays: Family<SourceLabel, Counter>,
     pub registry_silence: Ratio,
 }
 
@@ -53,6 +61,7 @@ impl Metrics {
             inter_token_latency: register(registry, "tether_inter_token_latency_seconds", "Seconds between chunks of an answer", inter_token),
             request_duration: register(registry, "tether_request_duration_seconds", "Seconds from the request to its end", duration),
             throttled: register(registry, "tether_throttled", "Requests refused by a rate limit", Counter::default()),
+            idempotent_replays: register(registry, "tether_idempotent_replays", "Requests that got the answer of an earlier one", Family::default()),
             registry_silence: register(registry, "tether_registry_silence_seconds", "Seconds since a registry last answered this gateway", Ratio::default()),
         }
     }

@@ -46,18 +46,34 @@ pub(crate) struct SdkCall {
     pub(crate) connection: ConnectionEnd,
 }
 
-/// When a connection ended.
+/// When a connection ended, or a request on one that carries several.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct ConnectionEnd(Arc<OnceLock<Instant>>);
+pub(crate) struct ConnectionEnd {
+    ended_at: Arc<OnceLock<Instant>>,
+    /// The connection that carries the request.
+    connection: Option<Arc<OnceLock<Instant>>>,
+}
 
 impl ConnectionEnd {
+    /// Returns the end of a request that its client can take back without closing the connection (HTTP/2).
+    pub(crate) fn of_stream(&self) -> Self {
+        Self { ended_at: Arc::default(), connection: Some(self.ended_at.clone()) }
+    }
+
+    /// Records that the connection ends now, or that the client takes the request back.
+    pub(crate) fn record(&self) {
+        let _ = self.ended_at.set(Instant::now());
+    }
+
     /// Records that the connection ends when the guard is dropped.
     pub(crate) fn guard(&self) -> ConnectionGuard {
         ConnectionGuard(self.clone())
     }
 
     fn is_within(&self, time: Duration, now: Instant) -> bool {
-        self.0.get().is_some_and(|ended_at| now.duration_since(*ended_at) <= time)
+        let ends = [Some(&self.ended_at), self.connection.as_ref()].into_iter().flatten();
+        let first = ends.filter_map(|end| end.get()).min();
+        first.is_some_and(|ended_at| now.duration_since(*ended_at) <= time)
     }
 }
 
@@ -66,7 +82,7 @@ pub(crate) struct ConnectionGuard(ConnectionEnd);
 
 impl Drop for ConnectionGuard {
     fn drop(&mut self) {
-        let _ = (self.0.0).set(Instant::now());
+        self.0.record();
     }
 }
 
@@ -148,6 +164,20 @@ mod tests {
         drop(second.connection.guard());
         assert_eq!(scene.send("acme", "x", &call(true)), "1", "the second retry");
         assert_eq!(scene.send("acme", "y", &call(true)), "3");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_ends_by_itself_or_with_its_connection() {
+        let mut scene = Scene { requests: SdkRequests::default(), sent: 0 };
+        let connection = ConnectionEnd::default();
+        let stream = || SdkCall { is_retry: false, connection: connection.of_stream() };
+        let (reset, other) = (stream(), stream());
+        assert_eq!((scene.send("acme", "x", &reset), scene.send("acme", "y", &other)), ("1".into(), "2".into()));
+        reset.connection.record();
+        assert_eq!(scene.send("acme", "x", &call(true)), "1");
+        assert_eq!(scene.send("acme", "y", &call(true)), "4", "the other stream goes on");
+        drop(connection.guard());
+        assert_eq!(scene.send("acme", "y", &call(true)), "2");
     }
 
     #[tokio::test(start_paused = true)]

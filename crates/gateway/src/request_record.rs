@@ -27,7 +27,7 @@ pub(crate) struct RequestRecord {
     first_piece: Option<Duration>,
     last_piece: Option<Instant>,
     inter_token_latency: Option<Histogram>,
-    /// Whether a kept answer is sent again. It uses no tokens, and its speed says nothing of the network.
+    /// Whether an earlier request began the answer. It uses no more tokens, and its speed says nothing of the network.
     is_replay: bool,
     /// Tokens used so far, also for answers that were cancelled or broke off.
     usage: TokenUsage,

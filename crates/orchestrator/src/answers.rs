@@ -115,12 +115,12 @@ impl Answers {
                 let state = entry.get().state.subscribe();
                 if state.borrow().is_decided() { Found::Other } else { Found::Undecided(Undecided(state)) }
             }
-            Entry::Occupied(entry) => Found::Answer(Reader::new(entry.get().clone())),
+            Entry::Occupied(entry) => Found::Answer(Reader::new(entry.get().clone(), false)),
             Entry::Vacant(entry) => {
                 let (state, bytes) = (watch::Sender::new(State::default()), self.bytes.clone());
                 let shared = Arc::new(Shared { fingerprint, state, bytes });
                 entry.insert(shared.clone());
-                let reader = Reader::new(shared.clone());
+                let reader = Reader::new(shared.clone(), true);
                 Found::Nothing(Writer { answers: self.clone(), key: key.clone(), shared }, reader)
             }
         }
@@ -351,7 +351,7 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    fn new(shared: Arc<Shared>) -> Self {
+    fn new(shared: Arc<Shared>, is_first: bool) -> Self {
         let (mut id, came_after_end) = (0, shared.state.borrow().end.is_some());
         shared.state.send_if_modified(|state| {
             state.readers_so_far += 1;
@@ -360,7 +360,7 @@ impl Reader {
             false
         });
         let watcher = shared.state.subscribe();
-        Self { shared, watcher, id, position: 0, progress: 0, has_sent_receipt: false, came_after_end }
+        Self { shared, watcher, id, position: 0, progress: 0, has_sent_receipt: false, came_after_end, is_first }
     }
 
     /// Waits for what comes next. Cancel safe.
@@ -400,12 +400,15 @@ impl Reader {
     /// Returns where the answer comes from, once its first chunk was read.
     pub(crate) fn origin(&self) -> Option<Origin> {
         let origin = self.shared.state.borrow().origin?;
-        Some(Origin { replayed: origin.replayed || self.came_after_end, ..origin })
+        let replayed = origin.replayed || self.came_after_end;
+        Some(Origin { replayed, attached: !replayed && !self.is_first, ..origin })
     }
 
     /// Records what the caller has acknowledged, in all.
     pub(crate) fn acknowledge(&self, usage: TokenUsage) {
         let position = self.position;
+    /// Whether its call runs the job.
+    is_first: bool,
         self.shared.state.send_if_modified(|state| {
             if usage.total_tokens() > state.read.total_tokens() {
                 state.read = usage;

@@ -236,6 +236,9 @@ pub struct Origin {
     pub created_at: UnixMillis,
     /// Whether the job had ended before this call, so that its kept answer is sent again.
     pub replayed: bool,
+    /// Whether an earlier call runs the job, so that this one reads the same answer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub attached: bool,
 }
 
 impl InferChunk {

@@ -140,12 +140,14 @@ impl Shared {
         let io = TokioIo::new(Watched::new(stream, activity.clone()));
         let service = hyper::service::service_fn(|mut request: Request<Incoming>| {
             request.extensions_mut().insert(arrived_at);
+            // A client takes a request back by a reset of its stream, and in HTTP/1 by closing the connection.
+            let end = end.of_stream();
             request.extensions_mut().insert(end.clone());
             asked.cancel();
             let guard = activity.request(request.version() == Version::HTTP_2);
             let (shared, excess) = (self.clone(), excess.clone());
             async move {
-                let mut unanswered = shared.resets.watch(Origin::of(peer), excess);
+                let mut unanswered = shared.resets.watch(Origin::of(peer), excess, end);
                 let is_head = request.method() == Method::HEAD;
                 let (response, permit) = shared.respond(request, peer).await;
                 if is_head {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rpc::rate_limit::{Quota, RateLimit};
 use tokio_util::sync::CancellationToken;
 
+use crate::repeats::ConnectionEnd;
 use crate::request_context::Origin;
 
 /// Requests that an address may take back before their answer is sent. Clients that give up an answer stay far below.
@@ -21,6 +22,7 @@ pub(super) struct Unanswered {
     limit: ResetLimit,
     origin: Option<Origin>,
     excess: CancellationToken,
+    end: ConnectionEnd,
 }
 
 impl ResetLimit {
@@ -28,9 +30,9 @@ impl ResetLimit {
         Self { resets: Arc::new(RateLimit::new()) }
     }
 
-    /// Watches a request. If it is one too many to be taken back, `excess` is cancelled.
-    pub(super) fn watch(&self, origin: Origin, excess: CancellationToken) -> Unanswered {
-        Unanswered { limit: self.clone(), origin: Some(origin), excess }
+    /// Watches a request. If it is taken back, its end is recorded, and if it is one too many, `excess` is cancelled.
+    pub(super) fn watch(&self, origin: Origin, excess: CancellationToken, end: ConnectionEnd) -> Unanswered {
+        Unanswered { limit: self.clone(), origin: Some(origin), excess, end }
     }
 }
 
@@ -43,9 +45,9 @@ impl Unanswered {
 
 impl Drop for Unanswered {
     fn drop(&mut self) {
-        if let Some(origin) = self.origin
-            && !self.limit.resets.take(origin, RESETS).allowed
-        {
+        let Some(origin) = self.origin else { return };
+        self.end.record();
+        if !self.limit.resets.take(origin, RESETS).allowed {
             self.excess.cancel();
         }
     }

@@ -348,7 +348,8 @@ impl Fake {
             }
             // Sends again what it kept.
             "replayed" => {
-                let origin = Some(Origin { created_at: UnixMillis(1_700_000_000_000), replayed: true });
+                let origin =
+                    Some(Origin { created_at: UnixMillis(1_700_000_000_000), replayed: true, attached: false });
                 let (progress, payload) = (Some(Progress::default()), Payload::default());
                 reply.send(&codec::encode(&InferChunk { progress, payload, origin, ..chunk(0, "") })).await?;
                 reply.send(&codec::encode(&chunk(0, "again"))).await?;
@@ -416,6 +417,14 @@ impl Fake {
                 let thought = Payload { reasoning: "hm".into(), ..Payload::default() };
                 let mut end = last(3);
                 end.payload.finish_reason = Some(FinishReason::ToolCalls);
+            // The answer of an earlier call, which still runs.
+            "attached" => {
+                let origin = Origin { created_at: UnixMillis(1_700_000_000_000), replayed: false, attached: true };
+                let (progress, payload, origin) = (Some(Progress::default()), Payload::default(), Some(origin));
+                reply.send(&codec::encode(&InferChunk { progress, payload, origin, ..chunk(0, "") })).await?;
+                reply.send(&codec::encode(&chunk(0, "again"))).await?;
+                reply.send(&codec::encode(&last(1))).await?;
+            }
                 end.payload.usage = Some(TokenUsage { reasoning_tokens: 1, ..usage });
                 for chunk in
                     [with(0, thought), with(1, calls(call(Some("c1"), "{"))), with(2, calls(call(None, "}"))), end]

@@ -58,13 +58,13 @@ async fn each_reader_reads_from_the_first_chunk_to_the_end() {
 async fn a_complete_answer_stays_for_a_while_and_a_failed_one_does_not() {
     let answers: Arc<Answers> = Arc::default();
     let (writer, _) = begin(&answers);
-    writer.begin(Origin { created_at: UnixMillis(5), replayed: false });
+    writer.begin(Origin { created_at: UnixMillis(5), replayed: false, attached: false });
     push(&writer, 1).await;
     writer.end(Ok(()));
     drop(writer);
     let mut late = again(&answers);
     assert_eq!(chunk(late.next().now_or_never()), 1);
-    assert_eq!(late.origin(), Some(Origin { created_at: UnixMillis(5), replayed: true }));
+    assert_eq!(late.origin(), Some(Origin { created_at: UnixMillis(5), replayed: true, attached: false }));
     time::advance(STAYS).await;
     answers.sweep();
     assert_eq!(answers.bytes.load(Ordering::Relaxed), 1, "somebody reads it");
@@ -83,7 +83,7 @@ async fn a_complete_answer_stays_for_a_while_and_a_failed_one_does_not() {
 async fn another_request_under_the_key_is_told_apart() {
     let answers = Arc::default();
     let (writer, _reader) = begin(&answers);
-    writer.begin(Origin { created_at: UnixMillis(5), replayed: false });
+    writer.begin(Origin { created_at: UnixMillis(5), replayed: false, attached: false });
     assert!(matches!(answers.enter(&key(1), [2; 32]), Found::Other));
     assert!(matches!(answers.enter(&key(2), [2; 32]), Found::Nothing(..)));
 }
@@ -95,7 +95,7 @@ async fn a_call_of_another_request_waits_until_the_first_is_known() {
     let Found::Undecided(undecided) = answers.enter(&key(1), [2; 32]) else { panic!("nothing is known yet") };
     let mut decided = Box::pin(undecided.decided());
     assert!((&mut decided).now_or_never().is_none());
-    writer.begin(Origin { created_at: UnixMillis(5), replayed: false });
+    writer.begin(Origin { created_at: UnixMillis(5), replayed: false, attached: false });
     decided.await;
     assert!(matches!(answers.enter(&key(1), [2; 32]), Found::Other));
     drop(writer);

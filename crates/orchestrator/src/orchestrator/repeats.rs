@@ -68,11 +68,11 @@ impl Orchestrator {
     async fn run_repeatable(&self, key: &JobKey, journey: Journey, mut delivery: Delivery) {
         let outcome = match self.recall(key, &journey.fingerprint).await {
             Ok(None) => {
-                delivery.begin(Origin { created_at: self.reservations.now(), replayed: false });
+                delivery.begin(Origin { created_at: self.reservations.now(), replayed: false, attached: false });
                 self.submit(journey, &mut delivery).await
             }
             Ok(Some((created_at, chunks))) => {
-                delivery.begin(Origin { created_at, replayed: true });
+                delivery.begin(Origin { created_at, replayed: true, attached: false });
                 // If it fails, the readers are gone or too slow.
                 let _ = delivery.replay(chunks).await;
                 Ok(())

@@ -88,8 +88,9 @@ async fn a_repeat_reads_a_running_answer_from_its_beginning() {
     assert_eq!(parts(&first), parts(&second));
     assert!(parts(&first).last().expect("an end").done);
     let origin = |chunks: &[InferChunk]| chunks.iter().find_map(|chunk| chunk.origin).expect("is told");
-    assert_eq!(origin(&first), origin(&second));
-    assert!(!origin(&first).replayed);
+    let (ran, joined) = (origin(&first), origin(&second));
+    assert_eq!((ran.created_at, ran.replayed, joined.replayed), (joined.created_at, false, false));
+    assert_eq!((ran.attached, joined.attached), (false, true));
     assert_eq!((worker.jobs_seen(), stand.usage().await.len()), (1, 1));
 }
 
