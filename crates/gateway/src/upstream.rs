@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use protocol::control::NodeRole;
 use protocol::infer::{self, InferRequest};
+use protocol::jobs::{JOB_SHOW, JobInfo, JobPage, JobRef, JobStatus};
 use protocol::{CorrelationId, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
 use rpc::announce::DirectoryTask;
 use rpc::backoff::Backoff;
@@ -21,6 +22,8 @@ use crate::answer::{Begun, ChunkHead};
 
 /// Timeout of a unary call.
 const CALL: Duration = Duration::from_secs(2);
+/// How long an orchestrator may take to say whether it has a job.
+const HOLDER: Duration = Duration::from_millis(500);
 /// How long a request waits for discovery to find a node of a role.
 const APPEAR: Duration = Duration::from_secs(1);
 /// How many times all orchestrators are tried in turn.
@@ -153,6 +156,7 @@ impl Upstream {
     pub(crate) async fn submit(&self, request: &InferRequest, timeouts: Timeouts) -> Result<Begun, WireError> {
         let (body, id) = (Bytes::from(codec::encode(request)), request.correlation_id);
         let job = request.fingerprint.map(|_| id);
+        let holder = self.holder(request).await;
         let mut last = away(NodeRole::Orchestrator);
         let mut may_be_known = false;
         // An orchestrator whose connection broke goes on with a job that lingers. No other may run it meanwhile.
@@ -168,7 +172,11 @@ impl Upstream {
                 time::sleep(backoff.next_wait()).await;
             }
             let peers = match self.peers(NodeRole::Orchestrator, job).await {
-                Ok(peers) => peers,
+                Ok(mut peers) => {
+                    // Stable, so the others stay in their order.
+                    peers.sort_by_key(|peer| Some(*peer) != holder);
+                    peers
+                }
                 Err(error) if !self.had_orchestrator.load(Ordering::Relaxed) => return Err(error),
                 Err(error) => {
                     (last, restarts) = (error, true);
@@ -219,6 +227,26 @@ impl Upstream {
         Err(last)
     }
 
+    /// Returns the orchestrator that has the job of a request with a key, if there are several to ask. An earlier call may
+    /// have gone to another one than the first in order, because that one was away or had no capacity then.
+    async fn holder(&self, request: &InferRequest) -> Option<PublicKey> {
+        let peers = self.directory.find(NodeRole::Orchestrator);
+        if !request.keeps_answer || peers.len() < 2 {
+            return None;
+        }
+        let job = JobRef { correlation_id: request.correlation_id };
+        let calls = peers.into_iter().map(|peer| {
+            let call = self.client.call::<_, JobPage>(peer, JOB_SHOW, &job, HOLDER);
+            async move { Some((peer, call.await.ok()?)) }
+        });
+        let known = join_all(calls).await.into_iter().flatten();
+        let rank = |page: &JobPage| {
+            let own = page.jobs.iter().filter(|job| job.tenant_id == request.tenant_id);
+            own.filter_map(holds).max()
+        };
+        known.filter_map(|(peer, page)| Some((rank(&page)?, peer))).max().map(|(_, peer)| peer)
+    }
+
     /// Opens a job's stream and waits for the first chunk that is part of the answer.
     async fn begin(&self, peer: PublicKey, body: Bytes, options: StreamOptions) -> Result<Begun, CallError> {
         let mut stream = self.client.open_stream(peer, infer::SUBMIT, body, options).await?;
@@ -259,6 +287,16 @@ impl Upstream {
 /// its jobs move.
 fn rank(job: CorrelationId, peer: PublicKey) -> Digest {
     Digest::of(&[&job.0.as_bytes()[..], &peer.0].concat())
+}
+
+/// Returns how much a job speaks for its orchestrator. Returns `None` if it came to nothing, so that the request may run
+/// anywhere.
+fn holds(job: &JobInfo) -> Option<u8> {
+    match job.status {
+        JobStatus::Running => Some(2),
+        JobStatus::Completed | JobStatus::Dead => Some(1),
+        JobStatus::Failed | JobStatus::Cancelled => job.usage.is_some().then_some(1),
+    }
 }
 
 /// Returns whether another peer may succeed: the error is about this peer, or about something that another may know.

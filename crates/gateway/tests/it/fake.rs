@@ -17,7 +17,7 @@ use protocol::infer::{
     EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Origin, Payload, Progress, SUBMIT, TokenLogprob,
     ToolCallDelta,
 };
-use protocol::jobs::{JOB_LIST, JobPage, JobQuery};
+use protocol::jobs::{JOB_LIST, JOB_SHOW, JobInfo, JobPage, JobQuery, JobRef, JobStatus};
 use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::signature::NodeKey;
@@ -113,6 +113,29 @@ fn worker(model: &ModelEntry, idle: &ModelEntry) -> FleetWorker {
     FleetWorker { report, age_ms: 0, reserved: 0, shortened: false }
 }
 
+/// A job that has ended well.
+fn completed(job: &InferRequest) -> JobInfo {
+    JobInfo {
+        sequence: 1,
+        correlation_id: job.correlation_id,
+        tenant_id: job.tenant_id.clone(),
+        model: job.model(),
+        region: "local".parse().expect("region"),
+        trace_id: job.trace_id,
+        status: JobStatus::Completed,
+        worker_id: NodeKey::from_seed(&[5; 32]).public_key(),
+        attempts: 1,
+        continued: 0,
+        created_at: UnixMillis(0),
+        updated_at: UnixMillis(0),
+        error_code: None,
+        error_message: None,
+        finish_reason: None,
+        usage: None,
+        history: vec![],
+    }
+}
+
 impl Fake {
     /// Starts fakes with the memberships that they are given by key and role.
     pub(crate) async fn start_as(
@@ -189,6 +212,30 @@ impl Fake {
         refused
     }
 
+    /// Adds an orchestrator that knows no job and answers each. Returns how many it got.
+    pub(crate) async fn orchestrator_without_jobs(
+        &self,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+    ) -> Arc<AtomicUsize> {
+        let seen = Arc::<AtomicUsize>::default();
+        let node = self.network.node(&NodeKey::from_seed(&[4; 32]));
+        let region: Region = "local".parse().expect("region");
+        node.announce(&Topic::Control(region.clone())).await.expect("announced");
+        let info = NodeInfo { roles: vec![NodeRole::Orchestrator], region, version: "0".into() };
+        let (counted, fake) = (seen.clone(), self.clone());
+        let server = Server::new(node, info).unary(JOB_SHOW, |_, _: JobRef| async { Ok(JobPage::default()) }).stream(
+            SUBMIT,
+            move |call: StreamCall| {
+                counted.fetch_add(1, Ordering::SeqCst);
+                let fake = Self { jobs: Arc::default(), ..fake.clone() };
+                async move { fake.submit(call).await }
+            },
+        );
+        tasks.spawn(server.run(stop.clone(), Duration::from_millis(100)));
+        seen
+    }
+
     fn registry(&self, server: Server) -> Server {
         let (grants, models, aliases) = (self.grants.clone(), self.models.clone(), self.aliases.clone());
         let token_checks = self.token_checks.clone();
@@ -229,6 +276,14 @@ impl Fake {
             .unary(JOB_LIST, |_, query: JobQuery| async move {
                 let next = (query.limit == 1).then(|| query.before.unwrap_or(9) - 1).filter(|next| *next > 5);
                 Ok(JobPage { jobs: vec![], next })
+            })
+            .unary(JOB_SHOW, {
+                let jobs = self.jobs.clone();
+                move |_, request: JobRef| {
+                    let mut jobs: Vec<JobInfo> = jobs.lock().iter().map(completed).collect();
+                    jobs.retain(|job| job.correlation_id == request.correlation_id);
+                    async move { Ok(JobPage { jobs, next: None }) }
+                }
             })
             .unary(JOB_EXPLAIN, |_, request: ExplainRequest| async move {
                 if request.correlation_id.0.is_nil() {
@@ -362,6 +417,14 @@ impl Fake {
                 reply.cancelled().await;
                 return Err(Interrupted);
             }
+            // The answer of an earlier call, which still runs.
+            "attached" => {
+                let origin = Origin { created_at: UnixMillis(1_700_000_000_000), replayed: false, attached: true };
+                let (progress, payload, origin) = (Some(Progress::default()), Payload::default(), Some(origin));
+                reply.send(&codec::encode(&InferChunk { progress, payload, origin, ..chunk(0, "") })).await?;
+                reply.send(&codec::encode(&chunk(0, "again"))).await?;
+                reply.send(&codec::encode(&last(1))).await?;
+            }
             // Sends one piece and then nothing, until the caller goes.
             "silent" => {
                 reply.send(&codec::encode(&chunk(0, "one"))).await?;
@@ -417,14 +480,6 @@ impl Fake {
                 let thought = Payload { reasoning: "hm".into(), ..Payload::default() };
                 let mut end = last(3);
                 end.payload.finish_reason = Some(FinishReason::ToolCalls);
-            // The answer of an earlier call, which still runs.
-            "attached" => {
-                let origin = Origin { created_at: UnixMillis(1_700_000_000_000), replayed: false, attached: true };
-                let (progress, payload, origin) = (Some(Progress::default()), Payload::default(), Some(origin));
-                reply.send(&codec::encode(&InferChunk { progress, payload, origin, ..chunk(0, "") })).await?;
-                reply.send(&codec::encode(&chunk(0, "again"))).await?;
-                reply.send(&codec::encode(&last(1))).await?;
-            }
                 end.payload.usage = Some(TokenUsage { reasoning_tokens: 1, ..usage });
                 for chunk in
                     [with(0, thought), with(1, calls(call(Some("c1"), "{"))), with(2, calls(call(None, "}"))), end]

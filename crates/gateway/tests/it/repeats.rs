@@ -1,13 +1,17 @@
 //! Which requests count as repeats of others, and what their clients are told.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use protocol::infer::InferRequest;
 use reqwest::header::HeaderMap;
 use serde_json::{Value, json};
+use tether_gateway::{Config, RateLimitConfig};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use crate::{Network, chat_body, expect_error, fake};
+use crate::{Network, chat_body, config, expect_error, fake};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -183,5 +187,87 @@ async fn a_retry_of_an_sdk_whose_connection_is_gone_is_the_same_job() {
     assert_eq!(network.last_job().linger_ms, None, "SDKs do not repeat what has begun to stream");
     calls.abort_all();
     tokio::time::timeout(Duration::from_secs(5), network.fake.cancelled.notified()).await.expect("cancelled");
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_of_an_sdk_that_reset_its_stream_is_the_same_job() {
+    let network = Network::start().await;
+    let stream = TcpStream::connect(network.address).await.expect("connected");
+    let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+    let (mut sender, connection) = handshake.await.expect("HTTP/2");
+    network.tasks.spawn(async move { drop(connection.await) });
+    let mut send = |count: u32| {
+        let request = http::Request::post(format!("http://{}{CHAT}", network.address))
+            .header("authorization", format!("Bearer {}", fake::token(1)))
+            .header("content-type", "application/json")
+            .header("x-stainless-retry-count", count)
+            .body(chat_body("queued").to_string())
+            .expect("a request");
+        tokio::spawn(sender.send_request(request))
+    };
+    let first = send(0);
+    network.fake.arrived.notified().await;
+    let job = network.last_job();
+    let beside = send(1);
+    network.fake.arrived.notified().await;
+    assert_ne!(network.last_job().retry_token, job.retry_token, "the first stream is there");
+    first.abort();
+    network.fake.cancelled.notified().await;
+    let repeat = send(1);
+    network.fake.arrived.notified().await;
+    assert_eq!(network.last_job().retry_token, job.retry_token);
+    beside.abort();
+    repeat.abort();
+    drop(sender);
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn repeats_are_counted_by_source_and_measure_nothing() {
+    let network = Network::start().await;
+    network.keyed(1, "k", &chat_body("hi")).await;
+    network.keyed(1, "k", &chat_body("replayed")).await;
+    network.keyed(1, "l", &chat_body("attached")).await;
+    let request = network.post(CHAT, &chat_body("attached")).header("x-stainless-retry-count", "1");
+    request.send().await.expect("answered").bytes().await.expect("a body");
+    let metrics = network.metrics.clone();
+    network.end().await;
+    let text = metrics.encode();
+    for line in [
+        r#"tether_idempotent_replays_total{source="key"} 2"#,
+        r#"tether_idempotent_replays_total{source="sdk_retry"} 1"#,
+        r#"tether_time_to_first_token_seconds_count{model="tiny"} 1"#,
+        r#"tether_request_duration_seconds_count{model="tiny"} 1"#,
+        r#"tether_requests_total{model="tiny",outcome="replayed",finish_reason="stop"} 3"#,
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeat_goes_to_the_orchestrator_that_has_its_job() {
+    let rate_limit = RateLimitConfig { requests_per_minute: 0, ..RateLimitConfig::default() };
+    let network = Network::start_with(Config { rate_limit, ..config() }).await;
+    let keys: Vec<String> = (0..12).map(|number| number.to_string()).collect();
+    for key in &keys {
+        network.keyed(1, key, &chat_body("hi")).await;
+    }
+    let other = network.fake.orchestrator_without_jobs(&network.tasks, &network.stop).await;
+    // Without a key, jobs take turns once the gateway has found it.
+    while other.load(Ordering::SeqCst) == 0 {
+        network.chat("hi").await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let before = other.load(Ordering::SeqCst);
+    for key in &keys {
+        network.keyed(1, key, &chat_body("hi")).await;
+    }
+    assert_eq!(other.load(Ordering::SeqCst), before, "half of these keys are in its order first");
+    // New keys are shared out.
+    for key in 100..112 {
+        network.keyed(1, &key.to_string(), &chat_body("hi")).await;
+    }
+    assert!(other.load(Ordering::SeqCst) > before);
     network.end().await;
 }
