@@ -52,8 +52,8 @@ pub trait JobStore: Store {
     /// Returns a job's answer, sealed, if it is kept and has not expired.
     async fn answer(&self, key: &JobKey, now: UnixMillis) -> Result<Option<Vec<u8>>, StoreError>;
 
-    /// Removes up to `limit` answers that have expired, or that would expire next if all together have more than
-    /// `bytes_max` bytes. Returns how many it removed.
+    /// Removes up to `limit` answers that have expired. If the rest has more than `bytes_max` bytes together, it also
+    /// removes of the tenant that has most then, always the answer that would expire next. Returns how many it removed.
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError>;
     /// Returns the newest jobs of a request; at most [`protocol::jobs::PAGE_MAX`].
     async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobRecord>, StoreError>;

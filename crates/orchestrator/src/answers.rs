@@ -24,6 +24,9 @@ pub(crate) const ANSWER_BYTES_MAX: usize = 8 << 20;
 /// Bytes of all running answers together up to which they are kept whole.
 const ANSWERS_BYTES_MAX: usize = 256 << 20;
 
+/// Bytes of ended answers that are dropped together if there is no room for a running one.
+const EVICTED_AT_ONCE: usize = ANSWERS_BYTES_MAX / 16;
+
 /// The most jobs of a tenant that go on without a reader. Nobody pays for what nobody reads.
 const LINGERING_MAX: usize = 16;
 /// How long an answer stays after its end.
@@ -62,6 +65,51 @@ impl Undecided {
 impl State {
     fn is_decided(&self) -> bool {
         self.origin.is_some() || self.end.is_some()
+    }
+}
+
+/// What an answer holds.
+struct Held {
+    key: JobKey,
+    bytes: usize,
+    ended_at: Option<Instant>,
+}
+
+/// Chooses ended answers of together at least `bytes`, as far as there are such: always the oldest of the tenant that
+/// holds most then. Pure.
+fn victims(answers: Vec<Held>, tenant_id: &TenantId, bytes: usize) -> Vec<JobKey> {
+    let mut totals = HashMap::<TenantId, usize>::new();
+    let mut ended = HashMap::<TenantId, Vec<(Instant, JobKey, usize)>>::new();
+    for Held { key, bytes, ended_at } in answers {
+        *totals.entry(key.tenant_id.clone()).or_default() += bytes;
+        if let Some(ended_at) = ended_at {
+            ended.entry(key.tenant_id.clone()).or_default().push((ended_at, key, bytes));
+        }
+    }
+    for answers in ended.values_mut() {
+        // The oldest last.
+        answers.sort_by(|one, other| (other.0, &other.1).cmp(&(one.0, &one.1)));
+    }
+    let (mut victims, mut freed) = (vec![], 0);
+    while freed < bytes {
+        ended.retain(|_, answers| !answers.is_empty());
+        let Some(most) = ended.keys().max_by_key(|tenant| (totals[*tenant], *tenant)).cloned() else { break };
+        if totals[&most] < totals.get(tenant_id).copied().unwrap_or_default() {
+            break;
+        }
+        if let Some((_, key, bytes)) = ended.get_mut(&most).and_then(Vec::pop) {
+            totals.entry(most).and_modify(|total| *total -= bytes);
+            freed += bytes;
+            victims.push(key);
+        }
+    }
+    victims
+}
+
+impl Shared {
+    fn held(&self, key: &JobKey) -> Held {
+        let state = self.state.borrow();
+        Held { key: key.clone(), bytes: state.bytes, ended_at: state.ended_at }
     }
 }
 
@@ -143,6 +191,16 @@ impl Answers {
     fn drop_ended(&self, is_over: impl Fn(Instant) -> bool) {
         self.answers.lock().retain(|_, shared| !shared.state.borrow().ended_at.is_some_and(&is_over));
     }
+
+    /// Drops ended answers so that a tenant's job may go on: of the tenants that hold most first, and never of one that
+    /// holds less than this one.
+    fn evict(&self, tenant_id: &TenantId) {
+        let mut answers = self.answers.lock();
+        let held: Vec<Held> = answers.iter().map(|(key, shared)| shared.held(key)).collect();
+        for key in victims(held, tenant_id, EVICTED_AT_ONCE) {
+            answers.remove(&key);
+        }
+    }
 }
 
 /// The job's end of an answer. When it is dropped, a complete answer stays for a while, and any other gives way to the
@@ -165,7 +223,7 @@ impl Writer {
         while !self.make_room(chunk.len()) {
             // Those that have ended give way first.
             if self.answers.bytes.load(Ordering::Relaxed) + chunk.len() > ANSWERS_BYTES_MAX {
-                self.answers.drop_ended(|_| true);
+                self.answers.evict(&self.key.tenant_id);
                 if self.make_room(chunk.len()) {
                     break;
                 }
@@ -348,6 +406,8 @@ pub(crate) struct Reader {
     has_sent_receipt: bool,
     /// Whether the answer had ended when the reader came.
     came_after_end: bool,
+    /// Whether its call runs the job.
+    is_first: bool,
 }
 
 impl Reader {
@@ -407,8 +467,6 @@ impl Reader {
     /// Records what the caller has acknowledged, in all.
     pub(crate) fn acknowledge(&self, usage: TokenUsage) {
         let position = self.position;
-    /// Whether its call runs the job.
-    is_first: bool,
         self.shared.state.send_if_modified(|state| {
             if usage.total_tokens() > state.read.total_tokens() {
                 state.read = usage;

@@ -471,7 +471,7 @@ impl Orchestrator {
         let settled = match journey.reservation.take() {
             Some(reservation) => {
                 if let AttemptEnd::Complete { last_chunk, .. } = &end {
-                    ending.answer = self.sealed(&reservation.key, delivery, last_chunk);
+                    ending.answer = self.sealed(&reservation.key, delivery, last_chunk).await;
                 }
                 reservation.finalise(ending).await
             }
@@ -718,6 +718,7 @@ impl Orchestrator {
         let relay = DeadLetterRelay::new(store.clone(), config.redis.clone(), metrics.clone(), transport.public_key());
         let reservations =
             ReservationManager::new(store.clone(), clock, fleet.clone(), metrics.clone(), region.clone(), lease);
+        reservations.release_orphans().await;
         let orchestrator = Arc::new(Self {
             policies: PolicyEngine::new(
                 Arc::new(policies),
@@ -725,7 +726,6 @@ impl Orchestrator {
                 config.registry_absence,
             ),
             decisions: DecisionLog::new(config.decisions_kept),
-        reservations.release_orphans().await;
             retry_budgets: Mutex::new(RetryBudgets::new(config.retry_budget_percent)),
             records: Mutex::default(),
             first_tokens: Mutex::default(),

@@ -29,7 +29,7 @@ const EXPIRED_AT_ONCE: u32 = 256;
 /// How often kept answers are pruned.
 const PRUNE_EVERY: Duration = Duration::from_mins(1);
 /// The most answers that one write removes.
-const PRUNED_AT_ONCE: u32 = 64;
+const PRUNED_AT_ONCE: u32 = 1_024;
 
 /// Delay before a settlement is retried; it doubles with each retry.
 const SETTLE_AGAIN: Duration = Duration::from_millis(20);

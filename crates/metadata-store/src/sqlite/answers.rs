@@ -1,5 +1,7 @@
 //! Kept answers of completed jobs.
 
+use std::collections::{BinaryHeap, HashMap, VecDeque};
+
 use protocol::UnixMillis;
 use rusqlite::{Connection, OptionalExtension as _};
 
@@ -29,23 +31,87 @@ pub(super) fn find(connection: &Connection, key: &JobKey, now: UnixMillis) -> ru
         .optional()
 }
 
-pub(super) fn prune(connection: &Connection, now: UnixMillis, bytes_max: u64, limit: u32) -> rusqlite::Result<u32> {
-    let expired = connection
+/// Removes up to `limit` answers that have expired, and returns their number.
+pub(super) fn remove_expired(connection: &Connection, now: UnixMillis, limit: u32) -> rusqlite::Result<u32> {
+    let removed = connection
         .prepare_cached(
             "DELETE FROM answers WHERE job_id IN (
                  SELECT job_id FROM answers WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?2)",
         )?
         .execute((integer(now.0), limit))?;
-    let mut removed = expired as u32;
-    let mut size = connection.prepare_cached("SELECT bytes FROM answers_size")?;
-    let mut remove_next = connection.prepare_cached(
-        "DELETE FROM answers WHERE job_id = (SELECT job_id FROM answers ORDER BY expires_at, job_id LIMIT 1)",
-    )?;
-    while removed < limit && size.query_row((), |row| row.get::<_, i64>(0))? > integer(bytes_max) {
-        if remove_next.execute(())? == 0 {
-            break;
-        }
-        removed += 1;
+    Ok(removed as u32)
+}
+
+/// Returns up to `limit` answers that are to go so that the others have at most `bytes_max` bytes.
+pub(super) fn victims(connection: &Connection, bytes_max: u64, limit: u32) -> rusqlite::Result<Vec<i64>> {
+    let size: i64 = connection.prepare_cached("SELECT bytes FROM answers_size")?.query_row((), |row| row.get(0))?;
+    let excess = size.saturating_sub(integer(bytes_max));
+    if excess <= 0 || limit == 0 {
+        return Ok(vec![]);
     }
-    Ok(removed)
+    // SQLite knows the length of a blob without reading it.
+    let kept: Vec<Kept> = connection
+        .prepare_cached(
+            "SELECT answers.job_id, tenant_id, length(sealed) FROM answers JOIN jobs ON jobs.job_id = answers.job_id
+             ORDER BY expires_at, answers.job_id",
+        )?
+        .query_map((), |row| Ok(Kept { job_id: row.get(0)?, tenant_id: row.get(1)?, bytes: row.get(2)? }))?
+        .collect::<rusqlite::Result<_>>()?;
+    Ok(choose(kept, excess, limit as usize))
+}
+
+pub(super) fn remove(connection: &Connection, jobs: &[i64]) -> rusqlite::Result<u32> {
+    let mut remove = connection.prepare_cached("DELETE FROM answers WHERE job_id = ?1")?;
+    let mut removed = 0;
+    for job_id in jobs {
+        removed += remove.execute((job_id,))?;
+    }
+    Ok(removed as u32)
+}
+
+struct Kept {
+    job_id: i64,
+    tenant_id: String,
+    bytes: i64,
+}
+
+/// Chooses answers of together at least `excess` bytes, but at most `limit`: always the first of the tenant that has
+/// most then.
+fn choose(kept: Vec<Kept>, excess: i64, limit: usize) -> Vec<i64> {
+    let mut tenants = HashMap::<String, (i64, VecDeque<(i64, i64)>)>::new();
+    for Kept { job_id, tenant_id, bytes } in kept {
+        let (total, answers) = tenants.entry(tenant_id).or_default();
+        *total += bytes;
+        answers.push_back((job_id, bytes));
+    }
+    let mut by_total: BinaryHeap<(i64, VecDeque<(i64, i64)>)> = tenants.into_values().collect();
+    let (mut chosen, mut freed) = (vec![], 0);
+    while freed < excess && chosen.len() < limit {
+        let Some((total, mut answers)) = by_total.pop() else { break };
+        if let Some((job_id, bytes)) = answers.pop_front() {
+            chosen.push(job_id);
+            freed += bytes;
+            by_total.push((total - bytes, answers));
+        }
+    }
+    chosen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tenant_that_has_most_gives_way_first() {
+        let kept = |job_id, tenant: &str, bytes| Kept { job_id, tenant_id: tenant.to_owned(), bytes };
+        let all = || {
+            vec![kept(1, "small", 10), kept(2, "big", 30), kept(3, "big", 30), kept(4, "small", 10), kept(5, "big", 5)]
+        };
+        assert_eq!(choose(all(), 1, 9), [2]);
+        assert_eq!(choose(all(), 31, 9), [2, 3]);
+        assert_eq!(choose(all(), 61, 9), [2, 3, 1]);
+        assert_eq!(choose(all(), 85, 9).len(), 5);
+        assert_eq!(choose(all(), 1_000, 2), [2, 3]);
+        assert_eq!(choose(vec![], 1, 9), Vec::<i64>::new());
+    }
 }

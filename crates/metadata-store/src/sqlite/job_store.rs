@@ -54,7 +54,14 @@ impl JobStore for SqliteStore {
     }
 
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> {
-        self.write(move |connection| answers::prune(connection, now, bytes_max, limit)).await
+        let expired = self.write(move |connection| answers::remove_expired(connection, now, limit)).await?;
+        // The choice reads every row, which must not hold up other writes.
+        let left = limit.saturating_sub(expired);
+        let victims = self.read(move |connection| answers::victims(connection, bytes_max, left)).await?;
+        if victims.is_empty() {
+            return Ok(expired);
+        }
+        Ok(expired + self.write(move |connection| answers::remove(connection, &victims)).await?)
     }
 
     async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobRecord>, StoreError> {

@@ -227,6 +227,45 @@ async fn all_answers_together_have_a_bound() {
     assert!(matches!(answers.enter(&key(1), [1; 32]), Found::Nothing(..)));
 }
 
+#[tokio::test(start_paused = true)]
+async fn one_tenant_does_not_evict_the_answers_of_another() {
+    let answers: Arc<Answers> = Arc::default();
+    let of = |tenant: &str, number| JobKey { tenant_id: tenant.parse().expect("tenant"), ..key(number) };
+    let put = async |tenant: &str, number, bytes: usize| {
+        let Found::Nothing(writer, _reader) = answers.enter(&of(tenant, number), [1; 32]) else { panic!("known") };
+        push(&writer, 1).await;
+        // The first chunk is always taken.
+        writer.push(Bytes::from(vec![0; bytes]), read(1)).await;
+        writer.end(Ok(()));
+        time::advance(Duration::from_millis(1)).await;
+    };
+    put("small", 1, 1 << 20).await;
+    for number in 2..70 {
+        put("big", number, 7 << 20).await;
+    }
+    assert!(answers.bytes.load(Ordering::Relaxed) <= ANSWERS_BYTES_MAX);
+    let is_there = |tenant, number| matches!(answers.enter(&of(tenant, number), [1; 32]), Found::Answer(_));
+    assert!(is_there("small", 1), "though it is the oldest");
+    assert!(!is_there("big", 2) && is_there("big", 69));
+    // Whoever holds less takes from the one that holds most.
+    put("new", 70, 7 << 20).await;
+    put("new", 71, 7 << 20).await;
+    assert!(is_there("small", 1) && is_there("new", 70));
+}
+
+#[tokio::test]
+async fn a_call_that_joins_a_running_job_is_attached_and_a_later_one_is_a_replay() {
+    let answers = Arc::default();
+    let (writer, mut first) = begin(&answers);
+    writer.begin(Origin { created_at: UnixMillis(7), replayed: false, attached: false });
+    push(&writer, 1).await;
+    let kinds = |reader: &Reader| reader.origin().map(|origin| (origin.attached, origin.replayed));
+    assert_eq!(chunk(first.next().now_or_never()), 1);
+    assert_eq!((kinds(&first), kinds(&again(&answers))), (Some((false, false)), Some((true, false))));
+    writer.end(Ok(()));
+    assert_eq!(kinds(&again(&answers)), Some((false, true)));
+}
+
 proptest! {
     #[test]
     fn what_is_encoded_is_decoded(created_at: u64, chunks: Vec<Vec<u8>>) {

@@ -7,6 +7,7 @@ use metadata_store::{DurableState, JobKey, SealedAnswer, TerminalState};
 use protocol::infer::{InferChunk, InferRequest, Origin, Payload, Progress};
 use protocol::usage::TokenUsage;
 use protocol::{ErrorCode, UnixMillis, WireError, codec};
+use tokio::task;
 use tokio::time::{self, Instant};
 use tracing::warn;
 
@@ -19,6 +20,9 @@ use crate::reservation_manager::key_of;
 
 /// The longest time that a job goes on without a reader, whatever its gateway asks for.
 const LINGER_MAX: Duration = Duration::from_mins(5);
+
+/// Bytes of an answer up to which it is sealed at once. More would hold up the other jobs of the thread.
+const SEALED_AT_ONCE: usize = 64 * 1024;
 
 /// What is asked of a job whose client may submit it again.
 pub(super) struct Repeatable {
@@ -109,9 +113,13 @@ impl Orchestrator {
     }
 
     /// Seals the answer of a job that is about to be settled, if it is to be kept.
-    pub(super) fn sealed(&self, key: &JobKey, delivery: &Delivery, last: &Bytes) -> Option<SealedAnswer> {
+    pub(super) async fn sealed(&self, key: &JobKey, delivery: &Delivery, last: &Bytes) -> Option<SealedAnswer> {
         let (created_at, chunks) = delivery.stored(last)?;
-        let sealed = self.sealing_key.seal(&owner(key), &answers::encode(created_at, &chunks))?;
+        let bytes: usize = chunks.iter().map(Bytes::len).sum();
+        let (sealing_key, owner) = (self.sealing_key.clone(), owner(key));
+        let seal = move || sealing_key.seal(&owner, &answers::encode(created_at, &chunks));
+        let sealed = if bytes < SEALED_AT_ONCE { seal() } else { task::spawn_blocking(seal).await.ok()? };
+        let sealed = sealed?;
         let kept = Duration::from_hours(self.config.answers_kept_hours);
         Some(SealedAnswer { sealed: sealed.into(), expires_at: self.reservations.now().after(kept) })
     }

@@ -257,6 +257,24 @@ pub(crate) async fn answers_are_pruned_by_age_and_by_bytes(subject: Jobs) {
     assert!(has(5).await && has(6).await);
 }
 
+pub(crate) async fn answers_of_the_tenant_that_has_most_give_way_first(subject: Jobs) {
+    let store = subject.store;
+    let of = |number: u128| JobKey { tenant_id: tenant(if number < 3 { "small" } else { "big" }), ..key(number) };
+    for number in 1..=8 {
+        store.reserve(NewJob { key: of(number), worker_capacity: 9, ..job(number) }).await.expect("reserves");
+        // Those of the small tenant would expire first.
+        let kept = answer(&[0; 10], UnixMillis(NOW.0 + number as u64));
+        let settled = Settlement { key: of(number), answer: Some(kept), ..settlement(number) };
+        store.finalise(settled).await.expect("settles");
+    }
+    let has = async |number| store.answer(&of(number), NOW).await.expect("reads").is_some();
+    assert_eq!(store.prune_answers(NOW, 45, 10).await, Ok(4));
+    for (number, stays) in [(1, true), (2, true), (3, false), (6, false), (7, true), (8, true)] {
+        assert_eq!(has(number).await, stays, "{number}");
+    }
+    assert_eq!(store.prune_answers(NOW, 0, 10).await, Ok(4));
+}
+
 pub(crate) async fn a_job_moves_to_another_worker_as_its_next_attempt(subject: Jobs) {
     let store = subject.store;
     store.reserve(job(1)).await.expect("reserves");
