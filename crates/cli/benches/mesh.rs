@@ -217,7 +217,8 @@ fn work(arguments: &[String]) {
         let bootstrap = Enrolment::load(&data.enrolment("worker")).unwrap().unwrap().bootstrap;
         let node = Node::start(&settings, &data, "worker", &bootstrap).await.unwrap();
         let services = Services { settings, data: data.clone(), metrics: Metrics::new(), clock: Arc::new(SystemClock) };
-        let (epoch, membership) = (data.next_epoch("worker", 0).unwrap(), node.membership().unwrap());
+        let (epoch, membership) =
+            (data.next_epoch("worker", 0).unwrap(), node.membership(Arc::new(SystemClock)).unwrap());
         let runtime: Arc<dyn ModelRuntime> = Arc::new(MockRuntime::new(mock(pace)));
         let worker = services.worker(node.transport(), &node.key, epoch, membership, runtime).unwrap();
         worker.run(tokio_util::sync::CancellationToken::new()).await;

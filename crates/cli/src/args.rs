@@ -82,6 +82,8 @@ pub enum Command {
     Rename(RenameArgs),
     /// Demonstrate a network of processes: ask, kill the worker that answered, ask again
     Demo,
+    /// Kill, freeze and cut off the processes of a private network while clients ask it, and count what went wrong
+    Drill(DrillArgs),
     /// Ask a model one question and print the answer
     Run(RunArgs),
     /// Chat with a model; piped input is sent line by line
@@ -214,6 +216,9 @@ pub struct NodeArgs {
     /// HTTP address to serve this service's Prometheus metrics on
     #[arg(long, value_name = "HOST:PORT")]
     pub metrics_listen: Option<String>,
+    /// File with milliseconds that are added to the clock, for `tether drill`
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub clock_file: Option<PathBuf>,
     /// Ends when the process that started it does
     #[arg(long, hide = true)]
     pub with_parent: bool,
@@ -247,6 +252,38 @@ pub struct GatewayArgs {
     /// Address to serve HTTP on
     #[arg(long, value_name = "HOST:PORT")]
     pub bind: Option<String>,
+}
+
+/// What to break, and how often.
+#[derive(Debug, Clone, Default, Args)]
+pub struct DrillArgs {
+    /// Run only the cells whose names begin with this, such as kill, kill/worker or freeze/gateway/5s; may be repeated
+    #[arg(long = "campaign", value_name = "NAME")]
+    pub campaigns: Vec<String>,
+    /// Kills of each cell. Slower injuries run once for every ten of them, at least once
+    #[arg(long, value_name = "COUNT", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub kills: u32,
+    /// Seed of the random choices; a failing cell prints it [default: a new one]
+    #[arg(long, value_name = "NUMBER")]
+    pub seed: Option<u64>,
+    /// GGUF file of the model to ask [default: tether-tiny]
+    #[arg(long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// Number of networks that are injured at the same time [default: one for each core, at most 4]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub networks: Option<u32>,
+    /// List the cells without running them
+    #[arg(long)]
+    pub list: bool,
+    /// Keep the folder with the data and logs of the networks
+    #[arg(long)]
+    pub keep: bool,
+    /// Runs in namespaces of its own already
+    #[arg(long, hide = true)]
+    pub inside: bool,
+    /// Ends when the process that started it does
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
 }
 
 /// Which node to invite.

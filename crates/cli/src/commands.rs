@@ -1,5 +1,6 @@
 //! The commands, one module each, and what they share: settings, logs, the runtime, the exit code.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use crate::args::{
     AdapterCommand, Cli, Command, Common, ConfigCommand, DlqCommand, JobsCommand, ModelCommand, TokenCommand, UpArgs,
     WorkerArgs,
 };
+use crate::clock;
 use crate::data_folder::DataFolder;
 use crate::kept_flags::KeptFlags;
 use crate::local_models;
@@ -26,6 +28,7 @@ mod chat;
 mod demo;
 mod dlq;
 mod doctor;
+mod drill;
 mod engine_host;
 mod jobs;
 mod manual;
@@ -63,6 +66,8 @@ pub struct Context {
     pub env: Env,
     /// Whether to print JSON.
     pub json: bool,
+    /// The clock of the node that this command runs.
+    pub clock: Arc<dyn protocol::Clock>,
     /// Cancelled by Ctrl-C or SIGTERM, for commands that run until they are stopped.
     pub stop: CancellationToken,
 }
@@ -135,14 +140,16 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
     }
     let quiet = !runs_a_service(&cli.command);
     start_logs(&settings, quiet && !env_sets_filter(&env))?;
-    let context = Context { data, settings, kept, env, json: cli.common.json, stop: CancellationToken::new() };
+    let (json, clock) = (cli.common.json, clock::of(clock_file(&cli.command)));
+    let context = Context { data, settings, kept, env, json, clock, stop: CancellationToken::new() };
     let runtime = async_runtime(context.settings.threads).context("no async runtime")?;
     runtime.block_on(command(cli.command, &cli.common, context))
 }
 
 async fn command(command: Command, common: &Common, context: Context) -> anyhow::Result<Outcome> {
     // Ctrl-C ends all other commands at once.
-    if !runs_a_service(&command) && !matches!(command, Command::Nodes(_) | Command::Model(ModelCommand::Add(_))) {
+    let cleans_up = matches!(command, Command::Nodes(_) | Command::Model(ModelCommand::Add(_)) | Command::Drill(_));
+    if !runs_a_service(&command) && !cleans_up {
         return Box::pin(carry_out(command, common, context)).await;
     }
     let listening = up::listen_for_stop(context.stop.clone())?;
@@ -172,6 +179,7 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Revoke(args) => membership::revoke(context, args).await,
         Command::Rename(args) => membership::rename(context, args).await,
         Command::Demo => demo::run(context, common).await,
+        Command::Drill(args) => Box::pin(drill::run(context, args)).await,
         Command::Run(args) => run::run(context, args).await,
         Command::Chat(args) => chat::run(context, args).await,
         Command::Model(ModelCommand::List(server)) | Command::List(server) => model::list(context, &server).await,
@@ -258,6 +266,18 @@ fn flags(command: &Command) -> Vec<Flag> {
         flags.push(("region", node.region.clone().map(Into::into)));
     }
     flags.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+}
+
+/// Returns the file that makes the clock of a command's node wrong.
+fn clock_file(command: &Command) -> Option<&Path> {
+    let node = match command {
+        Command::Registry(node) => node,
+        Command::Orchestrator(args) => &args.node,
+        Command::Gateway(args) => &args.node,
+        Command::Worker(args) => &args.node,
+        _ => return None,
+    };
+    node.clock_file.as_deref()
 }
 
 /// Returns the role of the node that a command runs.

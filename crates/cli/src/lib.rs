@@ -3,6 +3,7 @@
 pub mod addresses;
 pub mod args;
 pub mod client;
+pub mod clock;
 pub mod commands;
 pub mod data_folder;
 pub mod download;

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use futures_util::future::join_all;
-use protocol::PublicKey;
 use protocol::signature::NodeKey;
+use protocol::{Clock, PublicKey};
 use rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
-use rpc::{Enrolment, Membership, SystemClock, Transport};
+use rpc::{Enrolment, Membership, Transport};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -115,10 +115,10 @@ impl Node {
     }
 
     /// Returns the node's membership in its pool. The error explains how to enrol it.
-    pub fn membership(&self) -> anyhow::Result<Membership> {
+    pub fn membership(&self, clock: Arc<dyn Clock>) -> anyhow::Result<Membership> {
         let path = self.data.enrolment(self.name);
         let enrolment = enrolment(&self.data, self.name)?;
-        Ok(enrolment.membership(&path, self.public_key(), Arc::new(SystemClock))?)
+        Ok(enrolment.membership(&path, self.public_key(), clock)?)
     }
 }
 

@@ -21,6 +21,10 @@ pub struct Processes {
     program: PathBuf,
     folder: PathBuf,
     running: Vec<Member>,
+    /// Settings of all nodes, which then get none from the environment.
+    settings: Option<PathBuf>,
+    /// Commands that run a node elsewhere, such as in another network namespace.
+    wrappers: Vec<(String, Vec<String>)>,
 }
 
 #[derive(Debug)]
@@ -38,7 +42,20 @@ impl Processes {
 
     /// Runs the given program, with the nodes' folders in `folder`.
     pub fn of(program: impl Into<PathBuf>, folder: &Path) -> Self {
-        Self { program: program.into(), folder: folder.to_owned(), running: vec![] }
+        let program = program.into();
+        Self { program, folder: folder.to_owned(), running: vec![], settings: None, wrappers: vec![] }
+    }
+
+    /// Gives all nodes the settings of one file and none of the user's.
+    #[must_use]
+    pub fn with_settings(mut self, file: &Path) -> Self {
+        self.settings = Some(file.to_owned());
+        self
+    }
+
+    /// Runs a node by a command to which its own command line is appended. It must replace itself by the node.
+    pub fn wrap(&mut self, name: &str, command: Vec<String>) {
+        self.wrappers.push((name.to_owned(), command));
     }
 
     /// Returns a node's data folder.
@@ -74,8 +91,22 @@ impl Processes {
     }
 
     fn command(&self, name: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
+        let wrapper = self.wrappers.iter().find(|(wrapped, _)| wrapped == name).map(|(_, command)| command.as_slice());
+        let mut command = match wrapper {
+            Some([tool, rest @ ..]) => {
+                let mut command = Command::new(tool);
+                command.args(rest).arg(&self.program);
+                command
+            }
+            _ => Command::new(&self.program),
+        };
         command.args(arguments).args([OsStr::new("--data-dir"), self.data(name).path().as_os_str()]);
+        if let Some(settings) = &self.settings {
+            command.arg("--config").arg(settings);
+            for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"TETHER_")) {
+                command.env_remove(name);
+            }
+        }
         command
     }
 

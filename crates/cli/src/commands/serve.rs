@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail};
 use protocol::control::NodeRole;
 use registry::{CertificateAuthority, CertificateAuthorityParts, TokenIssuer};
 use rpc::transport::hyperswarm::BootstrapNode;
-use rpc::{Enrolment, Membership, SystemClock};
+use rpc::{Enrolment, Membership};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use worker::WorkerHandle;
@@ -59,7 +59,7 @@ pub(super) async fn registry(context: Context, args: &NodeArgs) -> anyhow::Resul
     data.create()?;
     let _lock = data.lock(&["registry"])?;
     let store = open_registry_store(&data.registry_store())?;
-    let clock: Arc<dyn protocol::Clock> = Arc::new(SystemClock);
+    let clock: Arc<dyn protocol::Clock> = context.clock.clone();
     let tokens = TokenIssuer::new(store.clone(), clock.clone(), data.pepper()?);
     let (_, key_is_new) = first_key(data, &tokens).await?;
     registry::catalog::register(&*store, vec![tiny_model::entry(clock.now())]).await?;
@@ -110,10 +110,10 @@ pub(super) async fn enrolled(context: Context, role: NodeRole, args: &NodeArgs) 
 
 /// Runs the service of a node that is on the network already.
 pub(super) async fn run_role(context: &Context, role: NodeRole, node: &Node) -> anyhow::Result<Outcome> {
-    let membership = node.membership()?;
+    let membership = node.membership(context.clock.clone())?;
     info!(role = node.name, key = %node.public_key(), address = %node.address(), "on the network");
     output::line(format!("{} {} on UDP {}", node.name, node.public_key(), node.address()));
-    let mut services = services(context, name(role)?, Arc::new(SystemClock));
+    let mut services = services(context, name(role)?, context.clock.clone());
     let shown = services.clone();
     let stop = CancellationToken::new();
     match role {
