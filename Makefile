@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test simulate linearizability interop rolling templates bench bench-gateway bench-engine lint audit fuzz clean
+.PHONY: help build dist demo up test simulate linearizability interop rolling drill templates bench bench-gateway bench-engine lint audit fuzz clean
 
 # dev shares one build between tests and programs; release is for users.
 PROFILE ?= release
@@ -63,6 +63,9 @@ interop: build ## Tests against OpenAI's SDKs, Node's Hyperswarm, llama-server a
 rolling: build ## Restarts every process of a network in turn while clients ask, and counts failures (REQUESTS=10000)
 	@scripts/setup interop
 	TETHER_BIN=$(PROGRAM) REQUESTS=$(or $(REQUESTS),10000) interop/run servers -s -k rolling
+
+drill: build ## Kills, freezes and cuts off the processes of private networks, and counts what clients lost (KILLS=100, SEED=1)
+	@$(PROGRAM) drill --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
 
 templates: ## Compares the chat templates of a folder with jinja2 (FOLDER=…)
 	@scripts/setup interop

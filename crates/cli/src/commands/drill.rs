@@ -135,12 +135,11 @@ async fn drill(
         right: tokio::sync::OnceCell::new(),
         results: Mutex::default(),
     };
-    let ended = join_all((0..lanes).map(|lane| Box::pin(drill.lane(lane, &cells)))).await;
+    join_all((0..lanes).map(|lane| Box::pin(drill.lane(lane, &cells)))).await;
     drill.progress.bar.finish_and_clear();
     if args.keep {
         output::note(format!("the data and logs of the networks are in {}", drill.folder.display()));
     }
-    ended.into_iter().collect::<anyhow::Result<()>>()?;
     let Results { cells, troubles, skipped: unsupported, .. } =
         drill.results.into_inner().unwrap_or_else(PoisonError::into_inner);
     skipped.extend(unsupported.into_values().map(str::to_owned));
@@ -183,7 +182,7 @@ fn runs(cells: &[Cell], kills: u32, seed: u64) -> BTreeMap<Setting, VecDeque<Run
 
 impl Drill<'_> {
     /// Works off what is left, network after network.
-    async fn lane(&self, lane: usize, cells: &[Cell]) -> anyhow::Result<()> {
+    async fn lane(&self, lane: usize, cells: &[Cell]) {
         let is_stopped = || self.context.stop.is_cancelled();
         for (setting, runs) in &self.runs {
             // One network alone has the names of its cables.
@@ -193,12 +192,17 @@ impl Drill<'_> {
             while !is_stopped() && !lock(runs).is_empty() {
                 let folder = self.next_folder();
                 let starting = Network::start(folder, *setting, &self.model);
-                let Some(network) = self.context.stop.run_until_cancelled(starting).await else { return Ok(()) };
-                let network = network.with_context(|| format!("could not start a network ({setting:?})"))?;
-                self.work(network, runs, cells).await?;
+                let Some(network) = self.context.stop.run_until_cancelled(starting).await else { return };
+                let worked = match network {
+                    Ok(network) => self.work(network, runs, cells).await,
+                    Err(error) => Err(error.context(format!("could not start a network ({setting:?})"))),
+                };
+                if let Err(error) = worked {
+                    lock(&self.results).troubles.push(format!("{error:#}"));
+                    break;
+                }
             }
         }
-        Ok(())
     }
 
     fn next_folder(&self) -> PathBuf {

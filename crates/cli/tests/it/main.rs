@@ -12,6 +12,7 @@ mod continuation;
 mod conversations;
 mod documents;
 mod downloads;
+mod drill;
 mod impostor;
 mod membership;
 mod memory_network;

@@ -105,6 +105,15 @@ pub(super) struct Cell {
     pub(super) injury: Injury,
 }
 
+/// What may happen to a request without a key.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Tolerance {
+    /// Its client may get an error.
+    pub(super) errors: bool,
+    /// Its response may break off without an error.
+    pub(super) cuts: bool,
+}
+
 /// How long a wrong clock stays wrong.
 pub(super) const SKEWED_FOR: Duration = Duration::from_secs(20);
 const SECOND: Duration = Duration::from_secs(1);
@@ -158,13 +167,16 @@ impl Cell {
         }
     }
 
-    /// Returns whether a client without a key may get an error: something died, or was out of reach, that alone had its
-    /// request. Workers, engines and the registry are not such.
-    pub(super) fn may_fail(self) -> bool {
-        match self.victim {
-            Victim::Gateway => !matches!(self.injury, Injury::Skew(90)),
-            Victim::Orchestrator => true,
-            Victim::Worker | Victim::Engine | Victim::Registry => false,
+    /// Returns what may happen to a request without a key. Only the gateway and the orchestrator have it alone, so what
+    /// happens to a worker, an engine or the registry is no excuse for an error.
+    pub(super) fn tolerance(self) -> Tolerance {
+        let is_killed = matches!(self.injury, Injury::Kill(_) | Injury::PowerCut);
+        match (self.victim, self.injury) {
+            (_, Injury::PowerCut) => Tolerance { errors: true, cuts: true },
+            (Victim::Gateway, Injury::FullDisk(_)) => Tolerance::default(),
+            (Victim::Gateway, _) => Tolerance { errors: true, cuts: is_killed },
+            (Victim::Orchestrator, _) => Tolerance { errors: true, cuts: false },
+            (Victim::Worker | Victim::Engine | Victim::Registry, _) => Tolerance::default(),
         }
     }
 

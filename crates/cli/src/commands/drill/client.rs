@@ -1,6 +1,6 @@
 //! A client as the official SDKs are, which can be held at any moment of a request.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -100,6 +100,18 @@ pub(super) enum End {
     Silent,
 }
 
+impl fmt::Display for End {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Whole => formatter.write_str("whole"),
+            Self::Error(code) => formatter.write_str(code),
+            Self::Unreachable => formatter.write_str("no response"),
+            Self::Cut => formatter.write_str("broken off"),
+            Self::Silent => formatter.write_str("silence"),
+        }
+    }
+}
+
 /// What a client saw of a request.
 #[derive(Debug, Clone)]
 pub(super) struct Seen {
@@ -194,7 +206,7 @@ impl Client {
                     }
                     (End::Error(code), (!is_final || is_of_gone_answer).then_some(wait))
                 }
-                TryEnd::Failed(code) => (End::Error(code), Some(None)),
+                TryEnd::Failed(code) => (End::Error(format!("event {code}")), Some(None)),
                 TryEnd::Cut => (End::Cut, Some(None)),
                 TryEnd::Silent => (End::Silent, None),
             };

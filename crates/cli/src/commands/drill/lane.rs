@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cell::{Cell, Injury, SKEWED_FOR, Step, Victim};
 use super::client::{Client, End, Moment, Seen, Tap, TapHandle};
-use super::network::{Network, WORKERS};
+use super::network::{DRAIN_SECS, Network, WORKERS};
 use super::process::Frozen;
 use super::requests::{Question, Request, RightAnswers, Shape, knows};
 use super::verdict::{Fault, judge};
@@ -26,6 +26,10 @@ const COMPANIONS: usize = 2;
 const COMPANIONS_WITHIN_MS: u64 = 400;
 /// How often a request comes while an injury lasts.
 const ARRIVALS: Duration = Duration::from_millis(500);
+/// Of the requests that come while an injury lasts, each of so many may be long.
+const LONG_EVERY: u32 = 8;
+/// How long answers outlast the time that a stopping node gives them.
+const AFTER_DRAIN: Duration = Duration::from_secs(1);
 /// How long to wait before the next short request, when one has failed.
 const PULSE: Duration = Duration::from_millis(50);
 
@@ -54,8 +58,8 @@ impl Run {
 pub(super) struct Sample {
     pub(super) requests: usize,
     pub(super) whole: usize,
-    /// Requests whose clients got an error.
-    pub(super) errors: usize,
+    /// How the requests ended that got no whole answer.
+    pub(super) errors: Vec<String>,
     /// From the injury, or the end of one that lasts, to the first answer of a request that was sent afterwards.
     pub(super) recovery: Duration,
     /// The longest time between two pieces of an answer.
@@ -146,9 +150,8 @@ pub(super) async fn run(network: &mut Network, run: Run, right: &Arc<RightAnswer
             sample.recovery = recovering.ended().await;
         }
         _ => {
-            begin_load(&mut load, &mut random).await?;
-            let recovering = injure(network, run.cell, &mut load, &mut random, &pulse).await?;
-            sample.recovery = recovering.ended().await;
+            injure(network, run.cell, &mut load, &mut random).await?;
+            sample.recovery = pulse.begin().ended().await;
         }
     }
     let mut seen = vec![];
@@ -166,9 +169,9 @@ pub(super) async fn run(network: &mut Network, run: Run, right: &Arc<RightAnswer
 impl Sample {
     fn add(&mut self, run: Run, request: &Request, seen: &Seen, jobs: &[JobInfo], right: &RightAnswers) {
         self.requests += 1;
-        match seen.end {
+        match &seen.end {
             End::Whole => self.whole += 1,
-            _ => self.errors += 1,
+            end => self.errors.push(end.to_string()),
         }
         self.pause = self.pause.max(seen.pause);
         let Some(right) = right.get(&request.question) else { return };
@@ -178,7 +181,7 @@ impl Sample {
             Some(job) => job.correlation_id.to_string(),
             None => seen.request_id.clone(),
         };
-        for (fault, text) in judge(request, seen, &jobs, right, run.cell.may_fail()) {
+        for (fault, text) in judge(request, seen, &jobs, right, run.cell.tolerance()) {
             self.findings.push(Finding {
                 fault,
                 run: run.number,
@@ -324,19 +327,28 @@ async fn kill(network: &mut Network, victim: Victim, trace: Option<TraceId>) -> 
     Ok(name)
 }
 
+/// Requests in the middle of their answers, which stand still until this is dropped.
+struct Scene {
+    /// The worker that has one of them.
+    worker: &'static str,
+    _hold: tokio::sync::oneshot::Sender<()>,
+    _engines: Frozen,
+}
+
 /// Begins requests of several kinds and waits until one of them is in the middle of its answer.
-async fn begin_load(load: &mut Load, random: &mut fastrand::Rng) -> anyhow::Result<()> {
+async fn begin_load(network: &Network, load: &mut Load, random: &mut fastrand::Rng) -> anyhow::Result<Scene> {
     let question = Question::draw(Shape::Text, random);
     let (tap, handle) = Tap::at(Moment::Text(100));
-    load.ask(Request::new(question, true, random.bool(), random), tap);
+    let first = Request::new(question, true, random.bool(), random);
+    load.ask(first.clone(), tap);
     let hold = reached(handle).await?;
     for (is_streamed, has_key) in [(true, true), (true, false), (false, true), (false, false)] {
         let question = Question::draw(Shape::Text, random);
         load.ask(Request::new(question, is_streamed, has_key, random), Tap::default());
     }
     tokio::time::sleep(Duration::from_millis(random.u64(..100))).await;
-    drop(hold);
-    Ok(())
+    let engines = network.freeze_engines()?;
+    Ok(Scene { worker: network.worker_of(first.trace).await, _hold: hold, _engines: engines })
 }
 
 /// Injures a node for a while, with requests coming all the time, and heals it.
@@ -345,55 +357,71 @@ async fn injure(
     Cell { victim, injury }: Cell,
     load: &mut Load,
     random: &mut fastrand::Rng,
-    pulse: &Pulse,
-) -> anyhow::Result<Recovering> {
-    let name = node_of(victim);
+) -> anyhow::Result<()> {
+    let scene = begin_load(network, load, random).await?;
+    let name = if matches!(victim, Victim::Worker | Victim::Engine) { scene.worker } else { node_of(victim) };
     match injury {
         Injury::Freeze(time) => {
             let pid = if victim == Victim::Engine { network.engine(name)? } else { network.pid(name)? };
+            // Dropping the scene lets all engines go on, so an engine that is the victim is stopped after it.
+            let scene = (victim != Victim::Engine).then_some(scene);
             let frozen = Frozen::new(&[pid])?;
+            drop(scene);
             arrive(load, time, random).await;
             drop(frozen);
         }
         Injury::Cut(time) => {
             network.set_cable(name, false)?;
+            drop(scene);
             arrive(load, time, random).await;
             network.set_cable(name, true)?;
         }
         Injury::FullDisk(time) => {
             network.fill_disk(name)?;
+            drop(scene);
             arrive(load, time, random).await;
             network.free_disk(name)?;
         }
         Injury::Skew(seconds) => {
             network.set_clock(name, seconds)?;
+            drop(scene);
             arrive(load, SKEWED_FOR, random).await;
             network.set_clock(name, 0)?;
         }
         Injury::Absence(time) => {
             network.kill(name)?;
+            drop(scene);
             arrive(load, time, random).await;
             network.restart(name).await?;
         }
         Injury::Stop => {
             network.terminate(name)?;
+            // The answers take longer than the node has to drain.
+            tokio::time::sleep(Duration::from_secs(DRAIN_SECS) + AFTER_DRAIN).await;
+            drop(scene);
             arrive(load, Duration::from_secs(1), random).await;
             network.ended(name).await?;
             network.restart(name).await?;
         }
-        Injury::PowerCut => {
-            network.cut_power().await?;
-        }
+        Injury::PowerCut => network.cut_power().await?,
         Injury::Kill(_) => {}
     }
-    Ok(pulse.begin())
+    Ok(())
 }
 
 /// Sends a request from time to time.
 async fn arrive(load: &mut Load, time: Duration, random: &mut fastrand::Rng) {
     let until = Instant::now() + time;
-    while Instant::now() < until {
-        load.ask(Request::draw(&load.client.right, random), Tap::default());
+    for number in 0.. {
+        if Instant::now() >= until {
+            break;
+        }
+        let mut request = Request::draw(&load.client.right, random);
+        // Mostly short ones: what matters afterwards is the network, and not what has piled up.
+        if number % LONG_EVERY != 0 {
+            request.question.shape = Shape::Short;
+        }
+        load.ask(request, Tap::default());
         tokio::time::sleep(ARRIVALS.min(until.saturating_duration_since(Instant::now()))).await;
     }
 }

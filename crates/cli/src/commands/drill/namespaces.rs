@@ -26,8 +26,8 @@ pub(super) fn enter() -> Vec<&'static str> {
 
 /// Returns why this machine allows no such namespaces, if it does not.
 pub(super) fn refusal() -> Option<String> {
-    let test = "mount -t tmpfs -o size=1m tmpfs /mnt && ip link add b type bridge && \
-                ip link add v type veth peer name w";
+    let test = "mount -t tmpfs -o size=1m tmpfs /mnt && ip link add switch type bridge && \
+                ip link add one type veth peer name other";
     let command = [&enter()[..], &["sh", "-c", test]].concat();
     run(&command).err().map(|error| format!("{error:#}"))
 }
@@ -52,7 +52,7 @@ impl Drop for Namespace {
     }
 }
 
-/// Makes a machine for the gateway and one for a worker. All are connected by a switch.
+/// Makes a machine for the gateway and one for each worker. All are connected by a switch.
 pub(super) fn lay_cables() -> anyhow::Result<Vec<Namespace>> {
     // A drill that runs several such networks uses one switch for each, one after the other.
     let _ = run(&["ip", "link", "delete", "switch"]);
@@ -67,7 +67,9 @@ pub(super) fn lay_cables() -> anyhow::Result<Vec<Namespace>> {
     run(&["ip", "link", "set", "to-front", "up"])?;
     gateway.inside(&["ip", "address", "add", "10.98.0.2/24", "dev", "front"])?;
     gateway.inside(&["ip", "link", "set", "front", "up"])?;
-    Ok(vec![gateway, Namespace::new("worker-2", "10.99.0.3", "10.99.0.3", "to-worker")?])
+    let workers = [("worker-1", "10.99.0.3", "to-worker-1"), ("worker-2", "10.99.0.4", "to-worker-2")];
+    let workers = workers.map(|(node, address, cable)| Namespace::new(node, address, address, cable));
+    [Ok(gateway)].into_iter().chain(workers).collect()
 }
 
 impl Namespace {

@@ -27,8 +27,10 @@ pub(super) const READY: Duration = Duration::from_secs(60);
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 /// Leases of jobs whose orchestrator is gone expire within this time, so that it is seen in a short drill.
 pub(super) const LEASE_SECS: u64 = 6;
-/// Size of the disk of each node whose disk is to be full, in MiB.
-const DISK_MIB: u32 = 16;
+/// How long a stopping node lets its answers go on, so that longer ones are seen in a short drill.
+pub(super) const DRAIN_SECS: u64 = 2;
+/// Size of the disk of each node whose disk is to be full, in MiB. A worker leaves 32 free when it takes a model in.
+const DISK_MIB: u32 = 48;
 /// The names of the demonstration model and of one that the user named.
 pub(super) const TINY: &str = "drill-tiny";
 const OTHER: &str = "drill";
@@ -53,7 +55,7 @@ pub(super) enum Setting {
     Plain,
     /// Each node has a small disk of its own.
     SmallDisks,
-    /// The gateway and a worker are on machines of their own, with cables that can be cut.
+    /// The gateway and the workers are on machines of their own, with cables that can be cut.
     Cables,
     /// Each node has a clock that can be set.
     Clocks,
@@ -76,7 +78,8 @@ impl Network {
         fs::create_dir_all(&folder).with_context(|| format!("could not make {}", folder.display()))?;
         let settings = folder.join("settings.toml");
         let text = format!(
-            "version = 1\n[gateway.rate_limit]\nrequests_per_minute = 0\n[orchestrator]\nlease_secs = {LEASE_SECS}\n"
+            "version = 1\n[gateway.rate_limit]\nrequests_per_minute = 0\n[gateway]\ndrain_secs = {DRAIN_SECS}\n\
+             [orchestrator]\nlease_secs = {LEASE_SECS}\ndrain_secs = {DRAIN_SECS}\n[worker]\ndrain_secs = {DRAIN_SECS}\n"
         );
         fs::write(&settings, text).context("could not write the settings")?;
         let program = std::env::current_exe().context("could not find the path of this program")?;

@@ -31,7 +31,7 @@ pub(super) struct CellReport {
     pub(super) runs: usize,
     pub(super) requests: usize,
     pub(super) whole: usize,
-    pub(super) errors: usize,
+    pub(super) errors: BTreeMap<String, usize>,
     pub(super) lost: usize,
     pub(super) doubled: usize,
     pub(super) stuck: usize,
@@ -46,7 +46,9 @@ impl CellReport {
         self.runs += 1;
         self.requests += sample.requests;
         self.whole += sample.whole;
-        self.errors += sample.errors;
+        for error in sample.errors {
+            *self.errors.entry(error).or_default() += 1;
+        }
         self.recovery_ms.push(milliseconds(sample.recovery));
         self.pause_ms = self.pause_ms.max(milliseconds(sample.pause));
         for finding in &sample.findings {
@@ -68,8 +70,16 @@ impl CellReport {
         let mut recovery = self.recovery_ms.clone();
         recovery.sort_unstable();
         let seconds = |millis: Option<&u64>| millis.map(|millis| format!("{:.2}", *millis as f64 / 1e3));
-        let cells =
-            [self.runs, self.requests, self.whole, self.errors, self.lost, self.doubled, self.stuck, self.broken];
+        let cells = [
+            self.runs,
+            self.requests,
+            self.whole,
+            self.errors.values().sum(),
+            self.lost,
+            self.doubled,
+            self.stuck,
+            self.broken,
+        ];
         let mut row = vec![self.cell.clone()];
         row.extend(cells.map(|count| count.to_string()));
         row.push(seconds(recovery.get(recovery.len() / 2)).unwrap_or_default());
@@ -94,7 +104,9 @@ impl Report {
             sum.runs += cell.runs;
             sum.requests += cell.requests;
             sum.whole += cell.whole;
-            sum.errors += cell.errors;
+            for (error, count) in &cell.errors {
+                *sum.errors.entry(error.clone()).or_default() += count;
+            }
             sum.lost += cell.lost;
             sum.doubled += cell.doubled;
             sum.stuck += cell.stuck;
@@ -128,6 +140,11 @@ impl Report {
              PAUSE: the longest between two pieces of an answer",
             self.seed, self.seconds
         ));
+        let errors: Vec<String> =
+            self.sum().errors.iter().map(|(error, count)| format!("{count} {}", output::one_line(error))).collect();
+        if !errors.is_empty() {
+            output::line(format!("errors: {}", errors.join(", ")));
+        }
         for cell in &self.cells {
             for finding in &cell.findings {
                 output::line(self.described(cell, finding));

@@ -2,6 +2,7 @@
 
 use protocol::jobs::{JobInfo, JobStatus};
 
+use super::cell::Tolerance;
 use super::client::{End, Seen};
 use super::requests::{Request, RightAnswer};
 
@@ -29,7 +30,7 @@ pub(super) fn judge(
     seen: &Seen,
     jobs: &[JobInfo],
     right: &RightAnswer,
-    may_fail: bool,
+    tolerance: Tolerance,
 ) -> Vec<(Fault, String)> {
     let mut found = vec![];
     match &seen.end {
@@ -37,10 +38,10 @@ pub(super) fn judge(
         End::Whole => {}
         End::Silent => found.push((Fault::Lost, "the client got neither an answer nor an error".to_owned())),
         // A client with a key asks until it has its answer.
-        end if request.key.is_some() => found.push((Fault::Lost, format!("no answer in spite of the key: {end:?}"))),
-        End::Cut if !may_fail => found.push((Fault::Lost, "the answer broke off without an error".to_owned())),
-        end if !may_fail => {
-            found.push((Fault::Broken, format!("no answer, although what died did not have it alone: {end:?}")))
+        end if request.key.is_some() => found.push((Fault::Lost, format!("no answer in spite of the key: {end}"))),
+        End::Cut if !tolerance.cuts => found.push((Fault::Lost, "the answer broke off without an error".to_owned())),
+        end if !tolerance.errors => {
+            found.push((Fault::Broken, format!("no answer, although nothing died that alone had the request: {end}")));
         }
         _ => {}
     }

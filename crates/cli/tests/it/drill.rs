@@ -1,0 +1,98 @@
+//! `tether drill`, as far as it fits into a test: some cells of each victim, once.
+
+#![cfg(all(feature = "llama", target_os = "linux"))]
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::program::{Home, children, lives, signal, wait_for};
+
+/// A drill with a folder for its temporary files.
+fn drill(home: &Home, more: &[&str]) -> Command {
+    let mut command = home.command(&[&["drill", "--seed", "1", "--kills", "1", "--networks", "1"], more].concat());
+    command.env("TMPDIR", home.path()).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command
+}
+
+fn is_empty(home: &Home) -> bool {
+    std::fs::read_dir(home.path()).expect("a folder").count() == 0
+}
+
+/// Runs cells that must do well, and returns their reports.
+fn well(cells: &[&str]) -> Vec<Value> {
+    let home = Home::new();
+    let chosen: Vec<&str> = cells.iter().flat_map(|cell| ["--campaign", *cell]).collect();
+    let output = drill(&home, &[&chosen[..], &["--json"]].concat()).output().expect("it runs");
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{shown}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(is_empty(&home), "nothing is left");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    report["cells"].as_array().cloned().expect("cells")
+}
+
+#[test]
+fn a_gateway_that_is_killed_loses_doubles_and_breaks_nothing() {
+    let cells =
+        ["kill/gateway/body-sent", "kill/gateway/mid-answer", "kill/gateway/attached", "kill/gateway/last-token"];
+    assert_eq!(well(&cells).len(), cells.len());
+}
+
+#[test]
+fn an_orchestrator_that_is_killed_loses_doubles_and_breaks_nothing() {
+    let cells = ["kill/orchestrator/reserved", "kill/orchestrator/mid-answer", "kill/orchestrator/last-chunk"];
+    assert_eq!(well(&cells).len(), cells.len());
+}
+
+#[test]
+fn workers_and_engines_that_are_killed_cost_no_request() {
+    let cells = [
+        "kill/worker/dispatched",
+        "kill/worker/mid-tool-call",
+        "kill/worker/mid-choices",
+        "kill/engine/first-token",
+        "kill/engine/mid-reasoning",
+    ];
+    let reports = well(&cells);
+    assert_eq!(reports.len(), cells.len());
+    for report in reports {
+        assert_eq!(report["requests"], report["whole"], "{report}");
+    }
+}
+
+#[test]
+fn a_registry_that_is_killed_and_a_worker_that_stands_still_cost_no_request() {
+    for report in well(&["kill/registry/mid-answer", "freeze/worker/5s"]) {
+        assert_eq!(report["requests"], report["whole"], "{report}");
+    }
+}
+
+#[test]
+fn a_drill_that_is_stopped_leaves_no_process_and_no_folder() {
+    let home = Home::new();
+    let mut command = drill(&home, &["--campaign", "kill/registry"]);
+    let mut running = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("it starts");
+    let mut nodes = vec![];
+    wait_for("the network to run", || {
+        nodes = children(running.id());
+        nodes.len() == 5
+    });
+    let began = Instant::now();
+    signal(running.id(), Signal::INT);
+    wait_for("the drill to end", || running.try_wait().expect("a child").is_some());
+    assert!(began.elapsed() < Duration::from_secs(30));
+    assert_eq!(running.wait().expect("ended").code(), Some(2));
+    assert!(nodes.iter().all(|node| !lives(*node)) && is_empty(&home));
+}
+
+#[test]
+fn the_cells_of_a_drill_are_listed_and_a_mistyped_one_is_refused() {
+    let home = Home::new();
+    let listed = home.well(&["drill", "--list", "--campaign", "kill/engine"]);
+    assert!(listed.lines().count() > 14 && listed.contains("kill/engine/mid-answer"), "{listed}");
+    let refused = home.run(&["drill", "--campaign", "kil"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--list"));
+}
