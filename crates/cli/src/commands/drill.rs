@@ -11,7 +11,7 @@ use futures_util::future::join_all;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::Command;
 
-use self::cell::Cell;
+use self::cell::{Cell, Victim};
 use self::lane::Run;
 use self::network::{Model, Network, Setting};
 use self::report::{CellReport, Report};
@@ -35,7 +35,7 @@ mod verdict;
 /// The most networks that run at the same time by default.
 const NETWORKS_MAX: usize = 4;
 /// How long a drill that is told to stop may take to clean up.
-const CLEAN_UP: Duration = Duration::from_secs(60);
+const CLEAN_UP: Duration = Duration::from_mins(1);
 
 pub(super) async fn run(context: Context, args: DrillArgs) -> anyhow::Result<Outcome> {
     end_with_parent(args.with_parent)?;
@@ -158,6 +158,9 @@ async fn drill(
 
 /// Returns why a cell cannot be run here, if it cannot.
 fn why_not(cell: Cell, refusal: Option<&str>, has_model: bool) -> Option<String> {
+    if cell.victim == Victim::Engine && !cfg!(target_os = "linux") {
+        return Some("engines are found by /proc of Linux".to_owned());
+    }
     match (cell.setting(), refusal) {
         (Setting::Cables | Setting::SmallDisks, Some(reason)) => {
             Some(format!("this machine allows no namespaces of one's own: {reason}"))

@@ -173,8 +173,10 @@ impl Cell {
         let is_killed = matches!(self.injury, Injury::Kill(_) | Injury::PowerCut);
         match (self.victim, self.injury) {
             (_, Injury::PowerCut) => Tolerance { errors: true, cuts: true },
-            (Victim::Gateway, Injury::FullDisk(_)) => Tolerance::default(),
-            (Victim::Gateway, _) => Tolerance { errors: true, cuts: is_killed },
+            (Victim::Gateway, injury) => {
+                let only_logs = matches!(injury, Injury::FullDisk(_));
+                Tolerance { errors: !only_logs, cuts: is_killed }
+            }
             (Victim::Orchestrator, _) => Tolerance { errors: true, cuts: false },
             (Victim::Worker | Victim::Engine | Victim::Registry, _) => Tolerance::default(),
         }

@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::requests::{Request, RightAnswers};
+use super::requests::{Request, RightAnswer, RightAnswers};
 
 /// A server that sends nothing for this long has lost the request.
 const SILENCE_MAX: Duration = Duration::from_secs(90);
@@ -188,7 +188,7 @@ impl Client {
             if resumed.is_none() {
                 answer = Answer::default();
             }
-            let had = answer.length();
+            let (had, resumes) = (answer.length(), resumed.is_some());
             let end = self.attempt(request, seen.tries, resumed, &mut answer, &mut seen, &mut tap).await;
             seen.tries += 1;
             seen.read_bytes += answer.length() - had;
@@ -200,7 +200,7 @@ impl Client {
                 TryEnd::Unreachable => (End::Unreachable, Some(None)),
                 TryEnd::Refused { code, status, is_final, wait } => {
                     // The event that the client has is of an answer that is gone. It asks for the new one.
-                    let is_of_gone_answer = status == 422 && had > 0;
+                    let is_of_gone_answer = status == 422 && resumes;
                     if is_of_gone_answer {
                         answer = Answer::default();
                     }
@@ -297,7 +297,7 @@ impl Client {
         seen: &mut Seen,
         tap: &mut Tap,
     ) -> TryEnd {
-        let expected = self.right.get(&request.question).map_or(usize::MAX, |right| right.len()).max(1);
+        let expected = self.right.get(&request.question).map_or(usize::MAX, RightAnswer::len).max(1);
         let mut text: Vec<u8> = vec![];
         loop {
             match timeout(SILENCE_MAX, reader.body()).await {

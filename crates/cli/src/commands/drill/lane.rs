@@ -320,9 +320,9 @@ async fn kill(network: &mut Network, victim: Victim, trace: Option<TraceId>) -> 
         (victim, _) => node_of(victim),
     };
     if victim == Victim::Engine {
-        network.kill_engine(name)?
+        network.kill_engine(name)?;
     } else {
-        network.kill(name)?
+        network.kill(name)?;
     }
     Ok(name)
 }

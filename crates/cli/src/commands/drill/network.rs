@@ -22,7 +22,7 @@ use crate::processes::Processes;
 pub(super) const WORKERS: [&str; 2] = ["worker-1", "worker-2"];
 const NODES: [&str; 5] = ["registry", "orchestrator", "gateway", "worker-1", "worker-2"];
 /// How long the network may take to be ready, also after an injury. Longer counts as stuck.
-pub(super) const READY: Duration = Duration::from_secs(60);
+pub(super) const READY: Duration = Duration::from_mins(1);
 /// How soon a supervisor starts a process again: as soon as `tether start` does.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 /// Leases of jobs whose orchestrator is gone expire within this time, so that it is seen in a short drill.
@@ -380,7 +380,7 @@ pub(super) struct Leftovers {
 }
 
 async fn leftovers(data: &DataFolder) -> anyhow::Result<Leftovers> {
-    let store = SqliteStore::open(&data.orchestrator_store(), StoreOptions::default())?;
+    let store = SqliteStore::open(data.orchestrator_store(), StoreOptions::default())?;
     let reservations = store.active_reservations().await?.iter().map(|(_, count)| count).sum();
     let tenant = "default".parse().context("a well-formed tenant")?;
     let mut keys = std::collections::HashSet::new();

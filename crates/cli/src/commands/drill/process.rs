@@ -1,22 +1,57 @@
 //! Signals to the processes of a network.
 
 use std::fs;
-use std::os::fd::OwnedFd;
 
 use anyhow::Context as _;
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, Signal, kill_process};
 
-/// Processes that stand still until this is dropped. It refers to them by handles, so that no other process is
-/// signalled if one of them has ended.
-pub(super) struct Frozen(Vec<OwnedFd>);
+/// Refers to a process. On Linux no other process is signalled if it has ended and its id belongs to another one.
+#[cfg(target_os = "linux")]
+mod handle {
+    use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+    pub(super) struct Handle(std::os::fd::OwnedFd);
+
+    impl Handle {
+        pub(super) fn of(pid: Pid) -> rustix::io::Result<Self> {
+            pidfd_open(pid, PidfdFlags::empty()).map(Self)
+        }
+
+        pub(super) fn send(&self, signal: Signal) -> rustix::io::Result<()> {
+            pidfd_send_signal(&self.0, signal)
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod handle {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    pub(super) struct Handle(Pid);
+
+    impl Handle {
+        pub(super) fn of(pid: Pid) -> rustix::io::Result<Self> {
+            Ok(Self(pid))
+        }
+
+        pub(super) fn send(&self, signal: Signal) -> rustix::io::Result<()> {
+            kill_process(self.0, signal)
+        }
+    }
+}
+
+/// Processes that stand still until this is dropped.
+pub(super) struct Frozen(Vec<handle::Handle>);
 
 impl Frozen {
+    /// Stops processes. One that has just ended is left out.
     pub(super) fn new(pids: &[u32]) -> anyhow::Result<Self> {
         let mut frozen = Self(vec![]);
         for pid in pids {
-            let Ok(handle) = pidfd_open(process(*pid)?, PidfdFlags::empty()) else { continue };
-            pidfd_send_signal(&handle, Signal::STOP).context("could not stop a process")?;
-            frozen.0.push(handle);
+            let Ok(handle) = handle::Handle::of(process(*pid)?) else { continue };
+            if handle.send(Signal::STOP).is_ok() {
+                frozen.0.push(handle);
+            }
         }
         Ok(frozen)
     }
@@ -25,7 +60,7 @@ impl Frozen {
 impl Drop for Frozen {
     fn drop(&mut self) {
         for handle in &self.0 {
-            let _ = pidfd_send_signal(handle, Signal::CONT);
+            let _ = handle.send(Signal::CONT);
         }
     }
 }

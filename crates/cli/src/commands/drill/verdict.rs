@@ -95,3 +95,116 @@ fn difference(seen: &[String], right: &[String]) -> String {
         seen.len()
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use protocol::usage::TokenUsage;
+    use protocol::{PublicKey, UnixMillis};
+
+    use super::super::requests::{Question, Shape};
+    use super::*;
+
+    fn request(has_key: bool) -> Request {
+        let question = Question { shape: Shape::Text, prompt: 0 };
+        Request::new(question, true, has_key, &mut fastrand::Rng::with_seed(1))
+    }
+
+    fn right() -> RightAnswer {
+        RightAnswer { texts: vec!["abcd".repeat(100)], tokens: 100 }
+    }
+
+    fn seen(end: End, text: &str) -> Seen {
+        Seen {
+            end,
+            texts: vec![text.to_owned()],
+            request_id: String::new(),
+            tries: 1,
+            pause: Duration::ZERO,
+            read_bytes: text.len(),
+            tokens: None,
+        }
+    }
+
+    fn job(status: JobStatus, tokens: Option<u32>) -> JobInfo {
+        JobInfo {
+            sequence: 1,
+            correlation_id: "018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e0f".parse().expect("an id"),
+            tenant_id: "default".parse().expect("a tenant"),
+            model: crate::tiny_model::key(),
+            region: "local".parse().expect("a region"),
+            trace_id: request(true).trace,
+            status,
+            worker_id: PublicKey([1; 32]),
+            attempts: 1,
+            continued: 0,
+            created_at: UnixMillis(1),
+            updated_at: UnixMillis(2),
+            error_code: None,
+            error_message: None,
+            finish_reason: None,
+            usage: tokens.map(|completion_tokens| TokenUsage { completion_tokens, ..TokenUsage::default() }),
+            history: vec![],
+        }
+    }
+
+    fn faults(has_key: bool, seen: &Seen, jobs: &[JobInfo], tolerance: Tolerance) -> Vec<Fault> {
+        let found = judge(&request(has_key), seen, jobs, &right(), tolerance);
+        found.into_iter().map(|(fault, _)| fault).collect()
+    }
+
+    const STRICT: Tolerance = Tolerance { errors: false, cuts: false };
+    const LAX: Tolerance = Tolerance { errors: true, cuts: true };
+
+    #[test]
+    fn a_whole_answer_with_one_bill_is_well() {
+        let (whole, billed) = (right().texts.concat(), job(JobStatus::Completed, Some(100)));
+        for has_key in [true, false] {
+            assert_eq!(faults(has_key, &seen(End::Whole, &whole), std::slice::from_ref(&billed), STRICT), []);
+        }
+    }
+
+    #[test]
+    fn a_gap_a_repeat_and_a_splice_are_broken() {
+        let billed = [job(JobStatus::Completed, Some(100))];
+        let whole = right().texts.concat();
+        for text in [whole.replacen("abcd", "", 1).replacen('a', "x", 1), format!("{whole}d"), whole[1..].to_owned()] {
+            assert_eq!(faults(false, &seen(End::Whole, &text), &billed, LAX), [Fault::Broken], "{text}");
+        }
+        assert_eq!(faults(false, &seen(End::Cut, "abcx"), &[], LAX), [Fault::Broken], "up to a cut, too");
+        assert_eq!(faults(false, &seen(End::Cut, "abcda"), &[], LAX), []);
+    }
+
+    #[test]
+    fn what_gets_neither_an_answer_nor_an_error_is_lost() {
+        assert_eq!(faults(false, &seen(End::Silent, ""), &[], LAX), [Fault::Lost]);
+        assert_eq!(faults(false, &seen(End::Cut, "abcd"), &[], STRICT), [Fault::Lost]);
+        let error = || End::Error("503 unavailable".to_owned());
+        assert_eq!(faults(false, &seen(error(), ""), &[], LAX), []);
+        assert_eq!(faults(false, &seen(error(), ""), &[], STRICT), [Fault::Broken]);
+        assert_eq!(
+            faults(true, &seen(error(), ""), &[], LAX),
+            [Fault::Lost],
+            "a key is asked with until there is an answer"
+        );
+    }
+
+    #[test]
+    fn second_bills_and_bills_for_what_was_not_read_are_doubled() {
+        let (whole, billed) = (right().texts.concat(), job(JobStatus::Completed, Some(100)));
+        let twice = [billed.clone(), job(JobStatus::Cancelled, Some(3))];
+        assert_eq!(faults(false, &seen(End::Whole, &whole), &twice, LAX).first(), Some(&Fault::Doubled));
+        let two_tries = Seen { tries: 2, ..seen(End::Whole, &whole) };
+        assert_eq!(faults(false, &two_tries, &twice, LAX), [], "each try is a request of its own");
+        assert!(faults(true, &two_tries, &twice, LAX).contains(&Fault::Doubled));
+        assert!(faults(true, &seen(End::Whole, &whole), &[], LAX).contains(&Fault::Doubled), "a key without a bill");
+        assert_eq!(faults(false, &seen(End::Cut, "abcd"), std::slice::from_ref(&billed), LAX), [Fault::Doubled]);
+    }
+
+    #[test]
+    fn a_job_that_still_runs_is_stuck() {
+        let whole = right().texts.concat();
+        assert_eq!(faults(false, &seen(End::Whole, &whole), &[job(JobStatus::Running, None)], LAX), [Fault::Stuck]);
+    }
+}
