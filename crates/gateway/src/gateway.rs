@@ -302,11 +302,13 @@ impl Gateway {
         }
     }
 
-    /// Submits a job. A token that this gateway chose for an SDK may be used up; its client knows nothing of it.
+    /// Submits a job. A token that this gateway chose for an SDK may be used up, or its job may be that of an
+    /// orchestrator that died, whose answer nobody can read; its client knows nothing of either.
     async fn begin(&self, request: InferRequest, timeouts: Timeouts) -> Result<Begun, WireError> {
         let is_own = request.linger_ms.is_some() && !request.keeps_answer;
+        let is_no_answer = |code| matches!(code, ErrorCode::IdempotencyKeyReused | ErrorCode::IdempotencyInProgress);
         match self.inner.upstream.submit(&request, timeouts).await {
-            Err(error) if is_own && error.code == ErrorCode::IdempotencyKeyReused => {
+            Err(error) if is_own && is_no_answer(error.code) => {
                 let request = InferRequest { retry_token: self.make_token()?, ..request };
                 self.inner.upstream.submit(&request, timeouts).await
             }

@@ -145,15 +145,18 @@ async fn headers_that_make_no_sense_are_refused_and_no_job_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_of_an_sdk_that_is_used_up_is_replaced() {
+async fn a_token_of_an_sdk_whose_answer_nobody_can_read_is_replaced() {
     let network = Network::start().await;
-    let request = network.post(CHAT, &chat_body("refuse idempotency_key_reused"));
-    let response = request.header("x-stainless-retry-count", "0").send().await.expect("answered");
-    assert_eq!(response.status(), 422);
-    let jobs = network.fake.jobs.lock().clone();
-    assert_eq!(jobs.len(), 2);
-    assert_ne!(jobs[0].retry_token, jobs[1].retry_token);
-    assert_eq!(jobs[0].correlation_id, jobs[1].correlation_id);
+    for (code, status) in [("idempotency_key_reused", 422), ("idempotency_in_progress", 409)] {
+        network.fake.jobs.lock().clear();
+        let request = network.post(CHAT, &chat_body(&format!("refuse {code}")));
+        let response = request.header("x-stainless-retry-count", "0").send().await.expect("answered");
+        assert_eq!(response.status(), status);
+        let jobs = network.fake.jobs.lock().clone();
+        assert_eq!(jobs.len(), 2, "{code}");
+        assert_ne!(jobs[0].retry_token, jobs[1].retry_token);
+        assert_eq!(jobs[0].correlation_id, jobs[1].correlation_id);
+    }
     network.end().await;
 }
 
