@@ -92,6 +92,10 @@ pub(super) enum Injury {
     Skew(i64),
     /// SIGKILL, and a start after a while.
     Absence(Duration),
+    /// SIGKILL under a crowd of requests, whose answers have begun or wait for a slot.
+    Crowd,
+    /// SIGKILL while many clients read the answer to one request with a key.
+    Repeats,
     /// SIGTERM, and a start.
     Stop,
     /// SIGKILL of every process at once.
@@ -116,6 +120,10 @@ pub(super) struct Tolerance {
 
 /// How long a wrong clock stays wrong.
 pub(super) const SKEWED_FOR: Duration = Duration::from_secs(20);
+/// Requests of a crowd: more than a worker has slots.
+pub(super) const CROWD: usize = 12;
+/// Clients that send one request. A gateway takes 64 connections from an address.
+pub(super) const REPEATS: usize = 50;
 const SECOND: Duration = Duration::from_secs(1);
 
 impl Cell {
@@ -138,7 +146,12 @@ impl Cell {
             .flat_map(|victim| [1, 5, 20].map(|seconds| Self { victim, injury: Injury::Cut(seconds * SECOND) }));
         let stops = [Victim::Gateway, Victim::Orchestrator, Victim::Worker, Victim::Registry]
             .map(|victim| cell(victim, Injury::Stop));
+        let crowds = [Victim::Worker, Victim::Engine].map(|victim| cell(victim, Injury::Crowd));
+        let repeats =
+            [Victim::Gateway, Victim::Orchestrator, Victim::Worker].map(|victim| cell(victim, Injury::Repeats));
         kills
+            .chain(crowds)
+            .chain(repeats)
             .chain(freezes)
             .chain([cell(Victim::Registry, Injury::Absence(30 * SECOND))])
             .chain(stops)
@@ -170,7 +183,7 @@ impl Cell {
     /// Returns what may happen to a request without a key. Only the gateway and the orchestrator have it alone, so what
     /// happens to a worker, an engine or the registry is no excuse for an error.
     pub(super) fn tolerance(self) -> Tolerance {
-        let is_killed = matches!(self.injury, Injury::Kill(_) | Injury::PowerCut);
+        let is_killed = matches!(self.injury, Injury::Kill(_) | Injury::Repeats | Injury::PowerCut);
         match (self.victim, self.injury) {
             (_, Injury::PowerCut) => Tolerance { errors: true, cuts: true },
             (Victim::Gateway, injury) => {
@@ -191,6 +204,8 @@ impl Cell {
             Injury::FullDisk(time) => format!("its disk, with store and log, is full for {} s", time.as_secs()),
             Injury::Skew(seconds) => format!("its clock is {seconds:+} s off for {} s", SKEWED_FOR.as_secs()),
             Injury::Absence(time) => format!("is killed and started after {} s", time.as_secs()),
+            Injury::Crowd => format!("is killed under {CROWD} requests at once"),
+            Injury::Repeats => format!("is killed while {REPEATS} clients read one answer"),
             Injury::Stop => "is asked to stop (SIGTERM) and started again".to_owned(),
             Injury::PowerCut => "every process is killed at once and started again".to_owned(),
         }
@@ -210,6 +225,8 @@ impl fmt::Display for Cell {
             Injury::FullDisk(_) => write!(formatter, "disk-full/{victim}"),
             Injury::Skew(seconds) => write!(formatter, "clock/{victim}/{seconds:+}s"),
             Injury::Absence(time) => write!(formatter, "away/{victim}/{}s", time.as_secs()),
+            Injury::Crowd => write!(formatter, "crowd/{victim}"),
+            Injury::Repeats => write!(formatter, "repeats/{victim}"),
             Injury::Stop => write!(formatter, "stop/{victim}"),
             Injury::PowerCut => formatter.write_str("power-cut"),
         }

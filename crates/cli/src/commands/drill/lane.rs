@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::cell::{Cell, Injury, SKEWED_FOR, Step, Victim};
+use super::cell::{CROWD, Cell, Injury, REPEATS, SKEWED_FOR, Step, Victim};
 use super::client::{Client, End, Moment, Seen, Tap, TapHandle};
 use super::network::{DRAIN_SECS, Network, WORKERS};
 use super::process::Frozen;
@@ -26,6 +26,8 @@ const COMPANIONS: usize = 2;
 const COMPANIONS_WITHIN_MS: u64 = 400;
 /// How often a request comes while an injury lasts.
 const ARRIVALS: Duration = Duration::from_millis(500);
+/// How long requests come after a kill under many others.
+const AFTERWARDS: Duration = Duration::from_secs(2);
 /// Of the requests that come while an injury lasts, each of so many may be long.
 const LONG_EVERY: u32 = 8;
 /// How long answers outlast the time that a stopping node gives them.
@@ -144,6 +146,15 @@ pub(super) async fn run(network: &mut Network, run: Run, right: &Arc<RightAnswer
             }
             let killed = kill_at(network, run.cell.victim, step, &mut load, &mut random).await?;
             let recovering = pulse.begin();
+            if run.cell.victim != Victim::Engine {
+                network.restart(killed).await?;
+            }
+            sample.recovery = recovering.ended().await;
+        }
+        Injury::Crowd | Injury::Repeats => {
+            let killed = kill_under_many(network, run.cell, &mut load, &mut random).await?;
+            let recovering = pulse.begin();
+            arrive(&mut load, AFTERWARDS, &mut random).await;
             if run.cell.victim != Victim::Engine {
                 network.restart(killed).await?;
             }
@@ -327,6 +338,26 @@ async fn kill(network: &mut Network, victim: Victim, trace: Option<TraceId>) -> 
     Ok(name)
 }
 
+/// Kills the victim under a crowd of requests, or under many clients of one request.
+async fn kill_under_many(
+    network: &mut Network,
+    Cell { victim, injury }: Cell,
+    load: &mut Load,
+    random: &mut fastrand::Rng,
+) -> anyhow::Result<&'static str> {
+    let is_one = injury == Injury::Repeats;
+    let first = Request::new(Question::draw(Shape::Text, random), true, is_one, random);
+    let (tap, handle) = Tap::at(Moment::Text(random.u32(..500)));
+    load.ask(first.clone(), tap);
+    for _ in 1..if is_one { REPEATS } else { CROWD } {
+        let other = Request::new(Question::draw(Shape::Text, random), true, random.bool(), random);
+        load.ask(if is_one { first.clone() } else { other }, Tap::default());
+    }
+    let _hold = reached(handle).await?;
+    let frozen = network.freeze_engines()?;
+    kill_frozen(network, victim, Some(first.trace), frozen).await
+}
+
 /// Requests in the middle of their answers, which stand still until this is dropped.
 struct Scene {
     /// The worker that has one of them.
@@ -404,7 +435,7 @@ async fn injure(
             network.restart(name).await?;
         }
         Injury::PowerCut => network.cut_power().await?,
-        Injury::Kill(_) => {}
+        Injury::Kill(_) | Injury::Crowd | Injury::Repeats => {}
     }
     Ok(())
 }
