@@ -8,7 +8,6 @@ use protocol::TraceId;
 use protocol::jobs::JobInfo;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 
 use super::cell::{CROWD, Cell, Injury, REPEATS, SKEWED_FOR, Step, Victim};
 use super::client::{Client, End, Moment, Seen, Tap, TapHandle};
@@ -461,7 +460,6 @@ async fn arrive(load: &mut Load, time: Duration, random: &mut fastrand::Rng) {
 struct Pulse {
     client: Client,
     question: Question,
-    stop: CancellationToken,
 }
 
 struct Recovering(JoinSet<Duration>);
@@ -469,16 +467,16 @@ struct Recovering(JoinSet<Duration>);
 impl Pulse {
     fn new(client: &Client, random: &mut fastrand::Rng) -> Self {
         let question = Question::draw(Shape::Short, random);
-        Self { client: client.clone(), question, stop: CancellationToken::new() }
+        Self { client: client.clone(), question }
     }
 
     fn begin(&self) -> Recovering {
-        let (client, question, stop) = (self.client.clone(), self.question, self.stop.clone());
+        let (client, question) = (self.client.clone(), self.question);
         let began = Instant::now();
         let mut task = JoinSet::new();
         task.spawn(async move {
             let mut random = fastrand::Rng::new();
-            while !stop.is_cancelled() && began.elapsed() < super::network::READY {
+            while began.elapsed() < super::network::READY {
                 let request = Request::new(question, true, false, &mut random);
                 if client.ask(&request, Tap::default()).await.end == End::Whole {
                     break;
