@@ -14,6 +14,8 @@ mod header_memory;
 #[cfg(feature = "llama")]
 mod llama_constraints;
 #[cfg(feature = "llama")]
+mod llama_cuts;
+#[cfg(feature = "llama")]
 mod llama_families;
 #[cfg(feature = "llama")]
 mod llama_process;

@@ -48,7 +48,7 @@ pub(crate) enum Manner {
     Crash(u32),
     /// Takes the job, and its engine is killed from outside.
     LoseEngine,
-    /// Says nothing for so many seconds, then answers with one chunk and an end.
+    /// Says nothing for so many seconds, then answers.
     Late(u64),
     /// Takes the job, and its engine crashes after this many chunks.
     CrashAfter(u64),
@@ -468,8 +468,8 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         | Manner::LeaveAfter(chunks)
         | Manner::DieUntold(chunks) => chunks,
         Manner::Hang | Manner::WrongAttempt | Manner::AnswerAs(_) | Manner::Only(_) => 1,
-        Manner::Late(_) => 0,
-        Manner::LoseEngine
+        Manner::Late(_)
+        | Manner::LoseEngine
         | Manner::Crash(_)
         | Manner::Idle
         | Manner::Wait
