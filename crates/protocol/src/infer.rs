@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMillis;
 use crate::id::{CorrelationId, Digest, ModelName, ModelVersion, RetryToken, TenantId, TraceId};
 use crate::model::ModelKey;
+use crate::policy::ServiceClass;
 use crate::usage::TokenUsage;
 
 pub use inference::{
@@ -52,6 +53,9 @@ pub struct InferRequest {
     /// refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<Digest>,
+    /// How urgent the job is.
+    #[serde(default, skip_serializing_if = "ServiceClass::is_standard")]
+    pub class: ServiceClass,
     /// Trace that the job belongs to.
     pub trace_id: TraceId,
     /// Number of the attempt, from 1. The orchestrator sets it, and each chunk repeats it.
@@ -101,6 +105,7 @@ impl InferRequest {
             correlation_id,
             retry_token,
             fingerprint: None,
+            class: ServiceClass::default(),
             trace_id,
             attempt: first_attempt(),
             deadline_ms: None,

@@ -41,6 +41,7 @@ pub(crate) async fn a_tenants_latest_rules_hold(subject: Registry) {
     let strict = TenantPolicy {
         allowed_models: Some(vec!["tether-tiny".parse().expect("a model's name")]),
         requests_per_minute: Some(60),
+        ..TenantPolicy::default()
     };
     assert_eq!(store.policy(&tenant("acme")).await, Ok(None));
     store.put_policy(&tenant("other"), &TenantPolicy::default()).await.expect("is set");
