@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test simulate linearizability interop rolling drill templates bench bench-gateway bench-engine lint audit fuzz clean
+.PHONY: help build dist demo up test simulate linearizability quotas interop rolling drill templates bench bench-gateway bench-engine lint audit fuzz clean
 
 # dev shares one build between tests and programs; release is for users.
 PROFILE ?= release
@@ -55,6 +55,10 @@ simulate: ## Simulates whole networks with faults, one for each seed (SEEDS=1000
 linearizability: ## Checks the outcomes of calls of many threads to the store (OPERATIONS=1000000)
 	OPERATIONS=$(or $(OPERATIONS),1000000) scripts/with-progress cargo test --package tether-simulation --test it \
 	  -- --ignored any_number_of_calls_at_once_have_an_order
+
+quotas: ## Kills a process within quotas again and again (OPERATIONS=1000000)
+	OPERATIONS=$(or $(OPERATIONS),1000000) scripts/with-progress cargo test --package tether-metadata-store --test it \
+	  -- --ignored --nocapture no_kill_overspends
 
 interop: build ## Tests against OpenAI's SDKs, Node's Hyperswarm, llama-server and our client for Node
 	@scripts/setup interop

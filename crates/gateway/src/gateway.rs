@@ -11,6 +11,7 @@ use protocol::control::{
 };
 use protocol::infer::{InferRequest, Input, ModelDigest};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
+use protocol::policy::ServiceClass;
 use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, WireError};
 use rpc::rate_limit::{Quota, RateLimit, Verdict};
 use rpc::{Membership, Transport};
@@ -444,6 +445,7 @@ impl Gateway {
             correlation_id: record.correlation_id,
             retry_token,
             fingerprint,
+            class: ServiceClass::default(),
             trace_id: record.trace_id,
             attempt: 1,
             deadline_ms: Some(left.as_millis() as u64),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use protocol::model::ModelKey;
+use protocol::quota::QuotaLimits;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, PublicKey, TraceId, UnixMillis};
 use tether_metadata_store::{
@@ -101,5 +102,7 @@ fn job(client: u16, number: u64) -> NewJob {
         now: UnixMillis(1),
         lease_until: UnixMillis(60_000),
         request_fingerprint: [7; 32],
+        limits: QuotaLimits::default(),
+        tokens: 1_000,
     }
 }

@@ -11,6 +11,7 @@ use protocol::jobs::{
 };
 use protocol::model::ModelKey;
 use protocol::presence::HighWater;
+use protocol::quota::{QuotaLimits, QuotaRefusal, QuotaUsage};
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, Region, RetryToken, TenantId, TraceId, UnixMillis, WorkerId};
 
@@ -20,18 +21,21 @@ use crate::store::{Store, StoreError};
 /// a reservation's lease expires when its orchestrator no longer renews it.
 #[async_trait]
 pub trait JobStore: Store {
-    /// Writes a job and its reservation, unless its worker is full. If the key is already in use, its job is returned.
+    /// Writes a job and its reservation, on its worker and of its tenant's quotas, unless the worker is full or a limit
+    /// would be exceeded. If the key is already in use, its job is returned.
     /// The exception is a job of the same request that failed, or was cancelled, and was not billed: it is reserved
     /// again as its next attempt.
     async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError>;
 
-    /// Moves a job to another worker as its next attempt, and frees its previous reservation.
+    /// Moves a job to another worker as its next attempt, and frees its previous reservation. What it holds of its
+    /// tenant's quotas stays.
     ///
     /// Only the attempt named in `from_attempt` can be moved, and only while the job is unsettled.
     async fn reassign(&self, reassignment: Reassignment) -> Result<(), ReassignError>;
 
     /// Settles a job: its terminal state, the end of its reservation, what is billed, the answer that is kept, and its
-    /// dead letter, in one transaction.
+    /// dead letter, in one transaction. What is billed is spent in the windows in which the job was reserved, and the
+    /// rest of what it held of its tenant's quotas is free again.
     ///
     /// A job is settled once, by its current attempt. Later calls change and bill nothing.
     async fn finalise(&self, settlement: Settlement) -> Result<Finalised, FinaliseError>;
@@ -83,6 +87,12 @@ pub trait JobStore: Store {
     async fn usage(&self, tenant_id: &TenantId, after: UsageCursor, limit: u32)
     -> Result<Vec<UsageRecord>, StoreError>;
 
+    /// Returns what a tenant uses in the windows that contain a time.
+    async fn quota_usage(&self, tenant_id: &TenantId, now: UnixMillis) -> Result<QuotaUsage, StoreError>;
+
+    /// Returns up to `limit` tenants that have used or reserved something in the day that contains a time.
+    async fn quota_tenants(&self, now: UnixMillis, limit: u32) -> Result<Vec<TenantId>, StoreError>;
+
     /// Returns the high-water marks of all workers.
     async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError>;
 
@@ -125,6 +135,10 @@ pub struct NewJob {
     pub lease_until: UnixMillis,
     /// Hash of the request's body; distinguishes a resend from another request under the same key.
     pub request_fingerprint: [u8; 32],
+    /// The limits of its tenant.
+    pub limits: QuotaLimits,
+    /// The most tokens, of prompt and answers, that it may be billed.
+    pub tokens: u64,
 }
 
 /// Outcome of a reservation.
@@ -381,6 +395,9 @@ pub enum ReserveError {
     /// The worker has reached its reservation limit: try another.
     #[error("worker {} has no free slot", .worker_id.short())]
     NoCapacity { worker_id: WorkerId },
+    /// The job would exceed a limit of its tenant.
+    #[error(transparent)]
+    Quota(Box<QuotaRefusal>),
     #[error("could not write the reservation")]
     Store(#[from] StoreError),
 }

@@ -15,6 +15,7 @@ mod models;
 mod open;
 mod policies;
 mod presence;
+mod quotas;
 mod registry_store;
 mod reservations;
 mod row;

@@ -27,6 +27,7 @@ fn main() {
             prefix: &prompt,
             short_context: 0,
             continuation: None,
+            regions: None,
         };
         let mut times: Vec<f64> = (0..2000)
             .map(|_| {

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use metadata_store::JobKey;
 use parking_lot::Mutex;
 use protocol::infer::Origin;
+use protocol::quota::QuotaState;
 use protocol::usage::TokenUsage;
 use protocol::{ErrorCode, TenantId, UnixMillis, WireError};
 use tokio::sync::watch;
@@ -138,6 +139,7 @@ struct State {
     /// How many chunks without a part of the answer there were.
     progress: u64,
     origin: Option<Origin>,
+    quota: Option<QuotaState>,
     end: Option<Result<(), WireError>>,
     ended_at: Option<Instant>,
     /// For each reader, the number of the next chunk it reads.
@@ -215,6 +217,11 @@ impl Writer {
     /// Says where the answer comes from. Called once, before its first chunk.
     pub(crate) fn begin(&self, origin: Origin) {
         self.shared.state.send_modify(|state| state.origin = Some(origin));
+    }
+
+    /// Says what is left of the tenant's tokens. Called at most once, before the first chunk.
+    pub(crate) fn tell_quota(&self, quota: QuotaState) {
+        self.shared.state.send_modify(|state| state.quota = Some(quota));
     }
 
     /// Adds a chunk. Waits for the readers if the answer is too long to be kept whole.
@@ -462,6 +469,11 @@ impl Reader {
         let origin = self.shared.state.borrow().origin?;
         let replayed = origin.replayed || self.came_after_end;
         Some(Origin { replayed, attached: !replayed && !self.is_first, ..origin })
+    }
+
+    /// Returns what was left of the tenant's tokens when the job began.
+    pub(crate) fn quota(&self) -> Option<QuotaState> {
+        self.shared.state.borrow().quota
     }
 
     /// Records what the caller has acknowledged, in all.

@@ -73,6 +73,11 @@ impl Bounds {
 }
 
 impl Bounds {
+    /// Returns the most tokens, of prompt and answers, that the job can be billed.
+    pub(crate) fn tokens(&self) -> u64 {
+        u64::from(self.prompt_tokens) + u64::from(self.completion_tokens)
+    }
+
     /// Returns whether the prompt and its answer can be too long for the context that the worker reports.
     pub(crate) fn can_be_too_long(&self) -> bool {
         self.context_length == 0 || self.sequence_tokens >= u64::from(self.context_length)

@@ -57,8 +57,11 @@ pub struct Config {
     /// Seconds for which a request that crashed an engine is remembered. After two crashes it is refused. With 0 it is
     /// forgotten when its job ends.
     pub crashes_kept_secs: u64,
-    /// Seconds for which a tenant's rules are cached.
+    /// Seconds for which a tenant's policy is cached. A change applies after this time.
     pub policy_cache_secs: u64,
+    /// Maximum tokens of each answer to a request without `max_tokens`, if its tenant has a limit of tokens and the
+    /// model's context is longer. As many are reserved from the limit until the answer has ended.
+    pub quota_answer_tokens: u32,
     /// Number of jobs whose placement can be explained. The oldest are dropped.
     pub decisions_kept: usize,
     /// Hours for which settled jobs are kept: a retry token that comes again within this time never runs twice. 0 keeps
@@ -99,7 +102,8 @@ impl Default for Config {
             answers_kept_hours: 24,
             answers_kept_mib: 256,
             crashes_kept_secs: 600,
-            policy_cache_secs: 5,
+            policy_cache_secs: 1,
+            quota_answer_tokens: 4_096,
             decisions_kept: 1024,
             jobs_kept_hours: 24,
             dead_letters_max: 1_000,

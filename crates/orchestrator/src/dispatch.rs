@@ -6,8 +6,9 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::infer::{FinishReason, Origin, Progress, START};
+use protocol::infer::{FinishReason, InferChunk, Origin, Payload, Progress, START};
 use protocol::model::ModelKey;
+use protocol::quota::QuotaState;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, UnixMillis, WireError, WorkerId, codec};
 use rpc::{CallError, Client, Interrupted, ResponseSink, ResponseStream, StreamCall, StreamOptions};
@@ -43,6 +44,8 @@ pub struct Delivery {
     is_complete: bool,
     /// `None` if the caller does not acknowledge what it reads: what was sent to it counts as read.
     receipts: Option<Receipts>,
+    /// A chunk that is sent before the first one.
+    notice: Option<Vec<u8>>,
 }
 
 enum State {
@@ -64,13 +67,30 @@ impl Delivery {
     /// acknowledges what it reads.
     pub fn new(call: StreamCall, stall: Duration, acknowledges: bool) -> Self {
         let receipts = acknowledges.then(Receipts::default);
-        Self { state: State::Waiting(call), stall, has_begun: false, is_complete: false, receipts }
+        Self { state: State::Waiting(call), stall, has_begun: false, is_complete: false, receipts, notice: None }
     }
 
     /// Makes a delivery to the calls that read a shared answer.
     pub(crate) fn shared(writer: Writer, linger: Duration, is_stored: bool, stall: Duration) -> Self {
         let state = State::Shared { writer, linger, is_stored };
-        Self { state, stall, has_begun: false, is_complete: false, receipts: None }
+        Self { state, stall, has_begun: false, is_complete: false, receipts: None, notice: None }
+    }
+
+    /// Says what is left of the tenant's tokens, before the first chunk.
+    pub(crate) fn tell_quota(&mut self, correlation_id: CorrelationId, quota: QuotaState) {
+        if let State::Shared { writer, .. } = &self.state {
+            return writer.tell_quota(quota);
+        }
+        let chunk = InferChunk::new(correlation_id, 1, 0, Payload::default());
+        let progress = Some(Progress::default());
+        self.notice = Some(codec::encode(&InferChunk { progress, quota: Some(quota), ..chunk }));
+    }
+
+    async fn give_notice(&mut self) -> Result<(), Interrupted> {
+        match self.notice.take() {
+            Some(chunk) => self.state.send(&chunk, TokenUsage::default()).await,
+            None => Ok(()),
+        }
     }
 
     /// Says where the answer comes from.
@@ -112,7 +132,12 @@ impl Delivery {
 
     async fn send(&mut self, chunk: &[u8], usage: TokenUsage) -> Result<(), Interrupted> {
         self.has_begun = true;
-        time::timeout(self.stall, self.state.send(chunk, usage)).await.unwrap_or(Err(Interrupted))
+        let stall = self.stall;
+        let sending = async {
+            self.give_notice().await?;
+            self.state.send(chunk, usage).await
+        };
+        time::timeout(stall, sending).await.unwrap_or(Err(Interrupted))
     }
 
     /// Sends a chunk. `usage` is what the job is billed once the caller has read it.
@@ -158,8 +183,12 @@ impl Delivery {
             writer.progress(Bytes::copy_from_slice(chunk));
             return Ok(());
         }
-        let sending = self.state.send(chunk, TokenUsage::default());
-        time::timeout(self.stall, sending).await.unwrap_or(Err(Interrupted))
+        let stall = self.stall;
+        let sending = async {
+            self.give_notice().await?;
+            self.state.send(chunk, TokenUsage::default()).await
+        };
+        time::timeout(stall, sending).await.unwrap_or(Err(Interrupted))
     }
 
     /// Waits until the caller is gone. Cancel safe.
@@ -407,8 +436,12 @@ pub async fn attempt(
     delivery: &mut Delivery,
 ) -> AttemptEnd {
     let Target { worker_id, timeouts, context_length } = target;
-    let body = Bytes::from(codec::encode(&journey.request));
-    let mut bounds = Bounds::of(&journey.request, body.len(), context_length);
+    let (body, mut bounds) = {
+        let request = journey.sent();
+        let body = Bytes::from(codec::encode(&*request));
+        let bounds = Bounds::of(&request, body.len(), context_length);
+        (body, bounds)
+    };
     let deadline = journey.deadline;
     let before = journey.meter.filter(|_| journey.request.delivered.is_some());
     let mut meter = before.map_or_else(|| Meter::new(bounds), |before| before.within(bounds));

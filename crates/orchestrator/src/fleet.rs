@@ -77,6 +77,8 @@ pub struct Wanted<'a> {
     pub short_context: u32,
     /// The answer that the worker must continue, if another began it.
     pub continuation: Option<Continuation>,
+    /// The regions in which the job may run; all if `None`.
+    pub regions: Option<&'a [Region]>,
 }
 
 /// The kind of answer that a worker must continue.
@@ -333,6 +335,7 @@ impl Fleet {
         let live = replicas.filter_map(|replica| {
             let worker = state.workers[replica.worker].as_ref()?;
             let lives = !worker.draining && now.saturating_duration_since(worker.last_seen) < EXPIRY;
+            let lives = lives && wanted.regions.is_none_or(|regions| regions.contains(&worker.report.region));
             (lives && wanted.is_adapter_served(worker)).then_some((worker.worker_id, replica))
         });
         let mut farthest: Option<(WorkerId, LoadProgress)> = None;
@@ -541,6 +544,8 @@ impl<'a> CandidateIter<'a> {
                 || replica.to_fetch && source.is_coming
             {
                 Some(Refusal::Loading)
+            } else if wanted.regions.is_some_and(|regions| !regions.contains(&worker.report.region)) {
+                Some(Refusal::Region)
             } else if !wanted.is_adapter_served(worker) {
                 Some(Refusal::NoAdapter)
             } else if wanted.continuation.is_some_and(|begun| !begun.is_possible(replica, worker.report.continues)) {

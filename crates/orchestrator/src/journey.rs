@@ -1,11 +1,14 @@
 //! One running job: its attempts, its state and its reservation.
 
+use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::Duration;
 
 use protocol::control::{AttemptDecision, Decision};
 use protocol::infer::InferRequest;
 use protocol::jobs::AttemptRecord;
 use protocol::model::{ALTERNATIVES_MAX, ModelKey};
+use protocol::policy::TenantPolicy;
 use protocol::prefix::PrefixChain;
 use protocol::usage::TokenUsage;
 use protocol::{Digest, UnixMillis, WireError, WorkerId, codec};
@@ -19,6 +22,7 @@ use crate::dispatch::{AttemptEnd, Fault};
 use crate::fleet::{Continuation, Wanted};
 use crate::job::{JobEvent, JobState};
 use crate::journal::Journal;
+use crate::quotas::JobPermit;
 use crate::reservation_manager::Reservation;
 use crate::retry_manager::Part;
 use crate::scheduler::{Placement, Tried};
@@ -59,6 +63,12 @@ pub struct Journey {
     pub request: InferRequest,
     /// Digest of what the client asks for, or of the request as received.
     pub fingerprint: [u8; 32],
+    /// The rules of its tenant.
+    pub policy: Arc<TenantPolicy>,
+    /// Counts it among the jobs of its tenant.
+    pub permit: Option<JobPermit>,
+    /// The most tokens of each answer, if the request sets none and the tenant's tokens are limited.
+    pub answer_tokens: Option<u32>,
     /// The model that the request names. A tenant's policy may have removed it from `builds`.
     requested: ModelKey,
     /// The other models that the request names.
@@ -143,6 +153,9 @@ impl Journey {
             builds: builds.collect(),
             build: 0,
             fingerprint,
+            policy: Arc::default(),
+            permit: None,
+            answer_tokens: None,
             deadline,
             wants_progress,
             tried: vec![],
@@ -172,6 +185,16 @@ impl Journey {
             history: vec![],
             request,
         }
+    }
+
+    /// Returns the request as workers get it.
+    pub fn sent(&self) -> Cow<'_, InferRequest> {
+        if self.answer_tokens.is_none() {
+            return Cow::Borrowed(&self.request);
+        }
+        let mut request = self.request.clone();
+        request.input.max_tokens = self.answer_tokens;
+        Cow::Owned(request)
     }
 
     /// Returns the model of the current attempt, or the requested one before the first attempt.
@@ -299,6 +322,7 @@ impl Journey {
             prefix,
             short_context: *short_context,
             continuation: self.continuation(),
+            regions: self.policy.allowed_regions.as_deref(),
         });
         wanted.collect()
     }

@@ -26,6 +26,7 @@ mod operations;
 mod operator_check;
 pub mod orchestrator;
 pub mod policy_engine;
+pub mod quotas;
 mod receipts;
 mod refusals;
 pub mod registry_policies;

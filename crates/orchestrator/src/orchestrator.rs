@@ -24,6 +24,7 @@ use protocol::jobs::{
 use protocol::membership::Exclusion;
 use protocol::model::ModelKey;
 use protocol::presence::Rejection;
+use protocol::quota::QUOTA_LIST;
 use protocol::signature::Signed;
 use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, TenantId, Topic, WireError, WorkerId, codec};
 use rpc::server::STRANGER_BYTES_MAX;
@@ -56,6 +57,7 @@ use crate::journey::{Journey, Verdict};
 use crate::metrics::{BreakerLabel, Metrics, PhaseLabel};
 use crate::operator_check::OperatorCheck;
 use crate::policy_engine::PolicyEngine;
+use crate::quotas::Quotas;
 use crate::refusals;
 use crate::registry_policies::RegistryPolicies;
 use crate::reservation_manager::{Ending, Reservation, ReservationManager};
@@ -97,12 +99,13 @@ pub struct OrchestratorParts {
 /// Finds a worker for each job and follows the job until it is settled.
 pub struct Orchestrator {
     pub(crate) config: Config,
-    region: Region,
+    pub(crate) region: Region,
     metrics: Metrics,
-    fleet: Arc<Fleet>,
+    pub(crate) fleet: Arc<Fleet>,
     discovery: DiscoverySub,
     search: Arc<Search>,
-    policies: PolicyEngine,
+    pub(crate) policies: PolicyEngine,
+    pub(crate) quotas: Quotas,
     breakers: Mutex<HashMap<ModelKey, CircuitBreaker>>,
     pub(crate) store: Arc<dyn JobStore>,
     pub(crate) reservations: Arc<ReservationManager>,
@@ -132,6 +135,9 @@ impl Orchestrator {
     pub async fn submit(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
         let policy = self.policies.admit(&journey.request.tenant_id, journey.models()).await?;
         journey.keep_models(|model| policy.allows(&model.model_id));
+        self.check_residency(&policy)?;
+        journey.permit = Some(self.quotas.admit(&journey.request.tenant_id, &policy).await?);
+        journey.policy = policy;
         self.retry_budgets.lock().job(&journey.request.tenant_id, Instant::now());
         if self.is_convicted(&journey) {
             return Err(refusals::crashes_engines());
@@ -154,7 +160,7 @@ impl Orchestrator {
         let worker = self.find_worker(journey, delivery).await?;
         journey.attempt_began = Instant::now();
         self.pass_breaker(journey)?;
-        self.reserve(journey, &worker).await?;
+        self.reserve(journey, &worker, delivery).await?;
         if !worker.has_file {
             // Marks the fetch as begun, so that other jobs do not make other workers fetch the same file.
             self.fleet.expect_fetch(worker.worker_id, journey.model());
@@ -258,17 +264,24 @@ impl Orchestrator {
     }
 
     /// Writes the job and its reservation on the worker, or moves both there from the worker that failed.
-    async fn reserve(&self, journey: &mut Journey, worker: &Candidate) -> Result<(), WireError> {
+    async fn reserve(
+        &self,
+        journey: &mut Journey,
+        worker: &Candidate,
+        delivery: &mut Delivery,
+    ) -> Result<(), WireError> {
         journey.try_worker(worker.worker_id);
         let (model, history) = (journey.model().clone(), journey.history().to_vec());
         if let Some(reservation) = &mut journey.reservation {
             reservation.reassign(model, worker.worker_id, worker.capacity, history).await?;
         } else {
+            let claim = self.claim(journey, worker.worker_id);
             let reserved = self
                 .reservations
-                .reserve(&journey.request, journey.fingerprint, worker.worker_id, worker.capacity)
+                .reserve(&journey.request, journey.fingerprint, worker.worker_id, worker.capacity, claim)
                 .await?;
             journey.reservation = Some(reserved);
+            self.tell_quota(journey, delivery).await;
         }
         journey.step(JobEvent::Reserve);
         Ok(())
@@ -716,6 +729,7 @@ impl Orchestrator {
         let lease = Duration::from_secs(config.lease_secs.max(3));
         let keeper = HistoryKeeper::new(store.clone(), clock.clone(), metrics.clone(), &config);
         let relay = DeadLetterRelay::new(store.clone(), config.redis.clone(), metrics.clone(), transport.public_key());
+        let quota_clock = clock.clone();
         let reservations =
             ReservationManager::new(store.clone(), clock, fleet.clone(), metrics.clone(), region.clone(), lease);
         reservations.release_orphans().await;
@@ -725,6 +739,7 @@ impl Orchestrator {
                 Duration::from_secs(config.policy_cache_secs),
                 config.registry_absence,
             ),
+            quotas: Quotas::new(store.clone(), quota_clock),
             decisions: DecisionLog::new(config.decisions_kept),
             retry_budgets: Mutex::new(RetryBudgets::new(config.retry_budget_percent)),
             records: Mutex::default(),
@@ -833,6 +848,7 @@ impl Orchestrator {
             .unary(MODEL_MOVE, gateway(), Self::move_for_gateway)
             .unary(JOB_LIST, gateway(), Self::list_jobs)
             .unary(JOB_SHOW, gateway(), Self::show_jobs)
+            .unary(QUOTA_LIST, gateway(), Self::list_quotas)
             // These check the operator's token as well.
             .unary(JOB_CANCEL, gateway(), Self::cancel_jobs)
             .unary(DEAD_LETTER_LIST, gateway(), Self::list_dead_letters)

@@ -51,15 +51,25 @@ impl PolicyEngine {
         tenant_id: &TenantId,
         models: impl Iterator<Item = &'a ModelKey> + Clone,
     ) -> Result<Arc<TenantPolicy>, WireError> {
-        self.refresh(tenant_id).await?;
-        let policy = self
-            .cached(tenant_id)
-            .ok_or_else(|| WireError::new(ErrorCode::Unavailable, "the tenant's policy is not available, try again"))?;
+        let policy = self.policy(tenant_id).await?;
         check_models(&policy, models)?;
         if let Some(limit) = policy.requests_per_minute {
             self.count(tenant_id, limit)?;
         }
         Ok(policy)
+    }
+
+    /// Returns a tenant's policy, which is as old as the cache allows.
+    pub(crate) async fn policy(&self, tenant_id: &TenantId) -> Result<Arc<TenantPolicy>, WireError> {
+        self.refresh(tenant_id).await?;
+        self.cached(tenant_id)
+            .ok_or_else(|| WireError::new(ErrorCode::Unavailable, "the tenant's policy is not available, try again"))
+    }
+
+    /// Returns how many requests a tenant may make at once, without counting one.
+    pub(crate) fn requests_left(&self, tenant_id: &TenantId, limit: u32) -> u32 {
+        let next = self.requests.look(tenant_id, Quota { burst: limit, per_minute: limit });
+        next.remaining.saturating_add(next.allowed.into()).min(limit)
     }
 
     /// Returns a tenant's cached policy, however old.

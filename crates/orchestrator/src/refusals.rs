@@ -6,7 +6,7 @@ use metadata_store::{DurableState, JobRecord, TerminalState};
 use protocol::error_code::LoadingModel;
 use protocol::health::LoadProgress;
 use protocol::model::ModelKey;
-use protocol::{AdapterName, Digest, ErrorCode, WireError, WorkerId};
+use protocol::{AdapterName, Digest, ErrorCode, Region, WireError, WorkerId};
 
 use crate::scheduler::{Placement, Refusal};
 
@@ -24,13 +24,25 @@ pub(crate) fn cancelled() -> WireError {
 /// The error of a job that no worker can take.
 pub(crate) fn no_capacity(model: &ModelKey, adapter: Option<&AdapterName>, placement: &Placement) -> WireError {
     let name = adapter.map_or_else(|| model.to_string(), |adapter| format!("{model}:{adapter}"));
-    let has_no_adapter = Refusal::NoAdapter.as_str();
-    let message = if placement.refused.iter().all(|refused| refused.reason == has_no_adapter) {
+    let (no_adapter, region) = (Refusal::NoAdapter.as_str(), Refusal::Region.as_str());
+    let message = if placement.refused.iter().all(|refused| refused.reason == no_adapter) {
         format!("no worker serves {name} now, try again")
+    } else if placement.refused.iter().all(|refused| refused.reason == region) {
+        format!("no worker in the tenant's allowed regions serves {name} now, try again")
     } else {
         format!("every worker that serves {name} is full or unwell, try again")
     };
     WireError::new(ErrorCode::NoCapacity, message).with_retry_after(Duration::from_secs(1))
+}
+
+/// The error of a job that may run in none of the regions that the orchestrator uses.
+pub(crate) fn residency(allowed: &[Region]) -> WireError {
+    let names: Vec<&str> = allowed.iter().map(Region::as_str).collect();
+    let message = format!(
+        "the tenant's policy allows jobs only in {}, and this part of the network uses no worker there",
+        if names.is_empty() { "no region".to_owned() } else { names.join(", ") }
+    );
+    WireError::new(ErrorCode::ResidencyMismatch, message)
 }
 
 /// The error of a job whose model is loading: its progress, and when to try again.

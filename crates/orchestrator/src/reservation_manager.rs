@@ -21,6 +21,7 @@ use tracing::{debug, warn};
 
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
+use crate::quotas::Claim;
 use crate::refusals;
 
 /// The most expired leases that one sweep releases.
@@ -209,8 +210,9 @@ impl ReservationManager {
         fingerprint: [u8; 32],
         worker_id: WorkerId,
         worker_capacity: u32,
+        claim: Claim,
     ) -> Result<Reservation, WireError> {
-        self.write(request, fingerprint, worker_id, worker_capacity, (1, Stop::default())).await
+        self.write(request, fingerprint, worker_id, worker_capacity, (1, Stop::default(), claim)).await
     }
 
     /// Writes a reservation of a second worker for a job that has one. `request` names a job of its own, which is
@@ -223,7 +225,8 @@ impl ReservationManager {
     ) -> Result<Reservation, WireError> {
         let stop = Stop { is_hedge: true, ..Stop::default() };
         let fingerprint = hedge_fingerprint();
-        let written = (request.attempt, stop);
+        // The job itself has reserved what may be billed.
+        let written = (request.attempt, stop, Claim::default());
         self.write(request, fingerprint, worker_id, worker_capacity, written).await
     }
 
@@ -233,7 +236,7 @@ impl ReservationManager {
         fingerprint: [u8; 32],
         worker_id: WorkerId,
         worker_capacity: u32,
-        (attempt, stop): (u32, Stop),
+        (attempt, stop, claim): (u32, Stop, Claim),
     ) -> Result<Reservation, WireError> {
         let counted = Counted::on(&self.fleet, worker_id);
         let now = self.clock.now();
@@ -249,10 +252,13 @@ impl ReservationManager {
             now,
             lease_until: now.after(self.lease),
             request_fingerprint: fingerprint,
+            limits: claim.limits,
+            tokens: claim.tokens,
         };
         let attempt = match self.store.reserve(job).await {
             Err(ReserveError::Store(error)) => return Err(store_error(&error)),
             Err(full @ ReserveError::NoCapacity { .. }) => return Err(worker_full(full.to_string())),
+            Err(ReserveError::Quota(refusal)) => return Err(refusal.error(now)),
             Ok(Reserved::Duplicate(known)) => return Err(refusals::repeated(&known, &fingerprint)),
             Ok(Reserved::New) => attempt,
             Ok(Reserved::Again { attempt }) => attempt,

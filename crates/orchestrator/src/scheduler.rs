@@ -62,6 +62,8 @@ pub enum Refusal {
     ModelError,
     /// It is loading the model and will not be ready soon, or another worker is already fetching the model.
     Loading,
+    /// The tenant's jobs may not run in its region.
+    Region,
     /// It does not serve the requested adapter.
     NoAdapter,
     /// It cannot continue an answer that another worker began: its version is too old, or it has adopted the model's
@@ -85,6 +87,7 @@ impl Refusal {
             Self::OtherDigest => "other_digest",
             Self::ModelError => "model_error",
             Self::Loading => "loading",
+            Self::Region => "region_not_allowed",
             Self::NoAdapter => "no_adapter",
             Self::CannotContinue => "cannot_continue",
             Self::ShortContext => "short_context",

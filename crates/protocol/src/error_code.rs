@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::health::LoadProgress;
 use crate::model::ModelKey;
+use crate::quota::QuotaState;
 
 /// Code of an error, for clients and nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -50,6 +51,10 @@ pub enum ErrorCode {
     RequestTimeout,
     /// Too many requests; wait and try again.
     RateLimitExceeded,
+    /// The tenant has used up a quota that does not end soon.
+    InsufficientQuota,
+    /// The tenant's policy does not allow the regions where the job could run.
+    ResidencyMismatch,
     /// Tether has a defect.
     InternalError,
     /// The workers that tried the job failed.
@@ -109,7 +114,7 @@ pub enum Blame {
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 39] = [
+    pub const ALL: [Self; 41] = [
         Self::InvalidJson,
         Self::InvalidValue,
         Self::MissingModel,
@@ -127,6 +132,8 @@ impl ErrorCode {
         Self::UnsupportedMediaType,
         Self::RequestTimeout,
         Self::RateLimitExceeded,
+        Self::InsufficientQuota,
+        Self::ResidencyMismatch,
         Self::InternalError,
         Self::WorkerFailed,
         Self::EngineCrashed,
@@ -171,6 +178,8 @@ impl ErrorCode {
             Self::UnsupportedMediaType => "unsupported_media_type",
             Self::RequestTimeout => "request_timeout",
             Self::RateLimitExceeded => "rate_limit_exceeded",
+            Self::InsufficientQuota => "insufficient_quota",
+            Self::ResidencyMismatch => "residency_mismatch",
             Self::InternalError => "internal_error",
             Self::WorkerFailed => "worker_failed",
             Self::EngineCrashed => "engine_crashed",
@@ -207,6 +216,7 @@ impl ErrorCode {
             Self::InvalidApiKey => 401,
             Self::InsufficientScope
             | Self::ModelNotAllowed
+            | Self::ResidencyMismatch
             | Self::NotEnrolled
             | Self::NodeRevoked
             | Self::InviteWrongSecret => 403,
@@ -218,7 +228,7 @@ impl ErrorCode {
             Self::RequestTooLarge => 413,
             Self::UnsupportedMediaType => 415,
             Self::IdempotencyKeyReused => 422,
-            Self::RateLimitExceeded => 429,
+            Self::RateLimitExceeded | Self::InsufficientQuota => 429,
             // Nginx's status for a client that closed the connection. Nobody reads it.
             Self::Cancelled => 499,
             Self::InternalError | Self::StaleAttempt | Self::RequestCrashesEngine | Self::CancelledByOperator => 500,
@@ -239,6 +249,7 @@ impl ErrorCode {
         match self.http_status() {
             403 => "permission_error",
             409 | 422 => "idempotency_error",
+            429 if self == Self::InsufficientQuota => "insufficient_quota",
             429 => "rate_limit_error",
             503 => "overloaded_error",
             500.. => "server_error",
@@ -318,6 +329,9 @@ pub struct WireError {
     /// outside, which says nothing of its jobs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspects: Option<u32>,
+    /// The quota that the request would exceed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quota: Option<Box<QuotaState>>,
 }
 
 /// Progress of a model that no worker has ready.
@@ -383,7 +397,15 @@ impl From<InvalidInput> for WireError {
 impl WireError {
     /// Makes an error of a code and a message.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), param: None, retry_after_ms: None, loading: None, suspects: None }
+        Self {
+            code,
+            message: message.into(),
+            param: None,
+            retry_after_ms: None,
+            loading: None,
+            suspects: None,
+            quota: None,
+        }
     }
 
     /// Sets the field at fault.
@@ -407,10 +429,18 @@ impl WireError {
         self
     }
 
+    /// Sets the quota that the request would exceed.
+    #[must_use]
+    pub fn with_quota(mut self, quota: QuotaState) -> Self {
+        self.quota = Some(Box::new(quota));
+        self
+    }
+
     /// Returns whether the same request may succeed later. Official SDKs retry a status of 500 or more, unless the
     /// response forbids it.
     pub fn should_retry(&self) -> bool {
-        !matches!(self.code, ErrorCode::RequestCrashesEngine | ErrorCode::CancelledByOperator)
+        use ErrorCode::{CancelledByOperator, InsufficientQuota, RequestCrashesEngine};
+        !matches!(self.code, RequestCrashesEngine | CancelledByOperator | InsufficientQuota)
     }
 
     /// Returns the error of a job that fails because a worker returned this error.

@@ -11,6 +11,7 @@ use crate::clock::UnixMillis;
 use crate::id::{CorrelationId, Digest, ModelName, ModelVersion, RetryToken, TenantId, TraceId};
 use crate::model::ModelKey;
 use crate::policy::ServiceClass;
+use crate::quota::QuotaState;
 use crate::usage::TokenUsage;
 
 pub use inference::{
@@ -231,6 +232,10 @@ pub struct InferChunk {
     /// before the first part of the answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<Origin>,
+    /// The token limit of the tenant of which least is left. It is in a chunk with `progress`, before the first part of
+    /// the answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quota: Option<QuotaState>,
 }
 
 /// Where an answer comes from that a client may ask for again.
@@ -249,7 +254,8 @@ pub struct Origin {
 impl InferChunk {
     /// Creates a chunk that is neither the first nor the last.
     pub fn new(correlation_id: CorrelationId, attempt: u32, seq: u64, payload: Payload) -> Self {
-        Self { correlation_id, seq, payload, model: None, done: false, attempt, progress: None, origin: None }
+        let (model, progress, origin, quota) = (None, None, None, None);
+        Self { correlation_id, seq, payload, model, done: false, attempt, progress, origin, quota }
     }
 }
 

@@ -47,6 +47,11 @@ impl TenantPolicy {
         self.allowed_models.as_ref().is_none_or(|allowed| allowed.contains(model))
     }
 
+    /// Returns whether the tenant's jobs may run in a region.
+    pub fn allows_region(&self, region: &Region) -> bool {
+        self.allowed_regions.as_ref().is_none_or(|allowed| allowed.contains(region))
+    }
+
     /// Returns whether the tenant may ask for a class.
     pub fn allows_class(&self, class: ServiceClass) -> bool {
         self.allowed_classes.as_ref().is_none_or(|allowed| allowed.contains(&class))

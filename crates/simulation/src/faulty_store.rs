@@ -12,6 +12,7 @@ use metadata_store::{
 use parking_lot::Mutex;
 use protocol::jobs::{DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JobQuery};
 use protocol::presence::HighWater;
+use protocol::quota::QuotaUsage;
 use protocol::{CorrelationId, TenantId, UnixMillis, WorkerId};
 
 use crate::findings::Findings;
@@ -222,6 +223,14 @@ impl JobStore for FaultyStore {
 
     async fn usage(&self, tenant: &TenantId, after: UsageCursor, limit: u32) -> Result<Vec<UsageRecord>, StoreError> {
         self.read(self.disk.store.usage(tenant, after, limit)).await
+    }
+
+    async fn quota_usage(&self, tenant_id: &TenantId, now: UnixMillis) -> Result<QuotaUsage, StoreError> {
+        self.read(self.disk.store.quota_usage(tenant_id, now)).await
+    }
+
+    async fn quota_tenants(&self, now: UnixMillis, limit: u32) -> Result<Vec<TenantId>, StoreError> {
+        self.read(self.disk.store.quota_tenants(now, limit)).await
     }
 
     async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError> {

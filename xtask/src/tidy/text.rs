@@ -47,6 +47,7 @@ fn check_lines(file: &SourceFile) -> Vec<String> {
         "needs models: make bench-engine",
         "measures memory: docs/benchmarks.md",
         "runs for long: make linearizability",
+        "runs for long: make quotas",
     ]
     .map(|why| format!("{ignored} = \"{why}"));
     let is_language = ["crates/inference/src/", "crates/protocol/src/"].iter().any(|src| file.path.starts_with(src));

@@ -77,6 +77,8 @@ pub(crate) async fn two_commits(store: &dyn JobStore, number: u128) -> (Duration
         now,
         lease_until: UnixMillis(u64::from(u32::MAX)),
         request_fingerprint: [0; 32],
+        limits: protocol::quota::QuotaLimits::default(),
+        tokens: 1_000,
     };
     let began = Instant::now();
     store.reserve(job).await.unwrap();

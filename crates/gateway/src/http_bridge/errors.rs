@@ -76,7 +76,7 @@ const STATUSES: [(u16, &str); 14] = [
     (413, "The body is larger than allowed."),
     (415, "The body is not JSON."),
     (422, "The idempotency key belongs to another request, or the answer of its job is not kept."),
-    (429, "Too many requests; `Retry-After` says when to send the next one."),
+    (429, "A limit is reached: `param` names it, and `Retry-After` says when to try again, if that is soon."),
     (500, "Tether has a defect."),
     (502, "The workers that tried the job failed."),
     (503, "No worker has capacity, or a part of the network does not respond; `Retry-After` says when to try again."),
@@ -98,7 +98,7 @@ pub(super) fn refuse(context: RequestContext, error: &WireError) -> Response<Bod
 
 /// Returns how long a client should wait before it retries, if it should retry.
 fn wait_ms(error: &WireError) -> Option<u64> {
-    let retryable = matches!(error.code.http_status(), 409 | 429 | 503);
+    let retryable = matches!(error.code.http_status(), 409 | 429 | 503) && error.should_retry();
     error.retry_after_ms.or(retryable.then_some(DEFAULT_WAIT_MS)).map(|wait| wait.clamp(1, 120_000))
 }
 
@@ -157,8 +157,9 @@ mod tests {
     fn each_code_brings_the_headers_of_its_row() {
         let headers = |code| failure(&WireError::new(code, "x")).headers().clone();
         assert_eq!(headers(ErrorCode::InvalidApiKey)["www-authenticate"], "Bearer");
-        for code in [ErrorCode::ModelNotAllowed, ErrorCode::RequestCrashesEngine] {
+        for code in [ErrorCode::ModelNotAllowed, ErrorCode::RequestCrashesEngine, ErrorCode::InsufficientQuota] {
             assert_eq!(headers(code)["x-should-retry"], "false");
+            assert!(!headers(code).contains_key("retry-after"), "{code}");
         }
         for code in [ErrorCode::NoCapacity, ErrorCode::RateLimitExceeded, ErrorCode::IdempotencyInProgress] {
             assert_eq!(headers(code)["retry-after"], "1");

@@ -3,9 +3,10 @@
 use async_trait::async_trait;
 use protocol::jobs::{DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JobQuery};
 use protocol::presence::HighWater;
+use protocol::quota::QuotaUsage;
 use protocol::{CorrelationId, TenantId, UnixMillis, WorkerId};
 
-use super::{SqliteStore, answers, dead_letters, jobs, presence, reservations, usage};
+use super::{SqliteStore, answers, dead_letters, jobs, presence, quotas, reservations, usage};
 use crate::job_store::{
     FinaliseError, Finalised, JobKey, JobRecord, JobStore, Lease, NewJob, ReassignError, Reassignment, RecordPage,
     ReserveError, Reserved, Settlement, UsageCursor, UsageRecord,
@@ -104,6 +105,15 @@ impl JobStore for SqliteStore {
     ) -> Result<Vec<UsageRecord>, StoreError> {
         let tenant_id = tenant_id.clone();
         self.read(move |connection| usage::list(connection, &tenant_id, after, limit)).await
+    }
+
+    async fn quota_usage(&self, tenant_id: &TenantId, now: UnixMillis) -> Result<QuotaUsage, StoreError> {
+        let tenant_id = tenant_id.clone();
+        self.read(move |connection| quotas::of_tenant(connection, &tenant_id, now)).await
+    }
+
+    async fn quota_tenants(&self, now: UnixMillis, limit: u32) -> Result<Vec<TenantId>, StoreError> {
+        self.read(move |connection| quotas::tenants(connection, now, limit)).await
     }
 
     async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError> {

@@ -2,11 +2,13 @@
 
 use protocol::jobs::AttemptRecord;
 use protocol::model::ModelKey;
+use protocol::quota;
+use protocol::usage::TokenUsage;
 use protocol::{ErrorCode, PublicKey, UnixMillis, WorkerId};
 use rusqlite::{Connection, named_params};
 
-use super::jobs;
 use super::row::{self, integer};
+use super::{jobs, quotas};
 use crate::fencing;
 use crate::job_store::{JobRecord, Lease, NewJob, ReassignError, Reassignment, ReserveError, Reserved};
 
@@ -22,8 +24,15 @@ pub(super) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result
             _ => Err(ReserveError::NoCapacity { worker_id: *worker_id }),
         });
     }
+    if let Err(refusal) = quotas::check(connection, job)? {
+        // Nor does a resend need a quota.
+        return Ok(match jobs::find(connection, key)? {
+            Some(known) if !known.may_run_again(&job.request_fingerprint) => Ok(Reserved::Duplicate(Box::new(known))),
+            _ => Err(ReserveError::Quota(Box::new(refusal))),
+        });
+    }
     if let Some(job_id) = insert_job(connection, job)? {
-        hold(connection, job_id, worker_id, job.lease_until)?;
+        hold(connection, job_id, job)?;
         return Ok(Ok(Reserved::New));
     }
     let known = jobs::find(connection, key)?.ok_or(rusqlite::Error::QueryReturnedNoRows)?;
@@ -31,7 +40,7 @@ pub(super) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result
         return Ok(Ok(Reserved::Duplicate(Box::new(known))));
     }
     let (job_id, attempt) = run_again(connection, job)?;
-    hold(connection, job_id, worker_id, job.lease_until)?;
+    hold(connection, job_id, job)?;
     Ok(Ok(Reserved::Again { attempt }))
 }
 
@@ -102,8 +111,10 @@ pub(super) fn reassign(
     if !has_room(connection, worker_id, *worker_capacity, Some(job_id))? {
         return Ok(Err(ReassignError::NoCapacity { worker_id: *worker_id }));
     }
-    free(connection, job_id)?;
-    hold(connection, job_id, worker_id, *lease_until)?;
+    // What the job holds of its tenant's quotas goes with it.
+    connection
+        .prepare_cached("UPDATE reservations SET worker_id = ?2, lease_until = ?3 WHERE job_id = ?1")?
+        .execute((job_id, worker_id.0, integer(lease_until.0)))?;
     connection
         .prepare_cached(
             "UPDATE jobs SET attempt = attempt + 1, worker_id = ?2, updated_at = ?3, model_id = ?4, model_version = ?5,
@@ -135,17 +146,39 @@ fn has_room(
     Ok(fencing::has_room(held, capacity))
 }
 
-fn hold(connection: &Connection, job_id: i64, worker_id: &WorkerId, lease_until: UnixMillis) -> rusqlite::Result<()> {
+/// Writes a job's reservation, on its worker and of its tenant's quotas.
+fn hold(connection: &Connection, job_id: i64, job: &NewJob) -> rusqlite::Result<()> {
     connection
-        .prepare_cached("INSERT INTO reservations (job_id, worker_id, lease_until) VALUES (?1, ?2, ?3)")?
-        .execute((job_id, worker_id.0, integer(lease_until.0)))?;
-    Ok(())
+        .prepare_cached(
+            "INSERT INTO reservations (job_id, worker_id, lease_until, tenant_id, tokens, reserved_at)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        )?
+        .execute((
+            job_id,
+            job.worker_id.0,
+            integer(job.lease_until.0),
+            job.key.tenant_id.as_str(),
+            quotas::tokens_of(job),
+            integer(job.now.0),
+        ))?;
+    quotas::reserve(connection, job)
 }
 
-/// Frees a job's slot.
-pub(super) fn free(connection: &Connection, job_id: i64) -> rusqlite::Result<()> {
+/// Frees a job's slot and what it holds of its tenant's quotas. Returns what is billed of `usage`: no more than the job
+/// held.
+pub(super) fn free(
+    connection: &Connection,
+    job_id: i64,
+    usage: Option<TokenUsage>,
+) -> rusqlite::Result<Option<TokenUsage>> {
+    let Some(held) = quotas::held(connection, job_id)? else { return Ok(usage) };
+    let billed = usage.map(|usage| quota::within(usage, held.tokens));
+    // A job that costs nothing may run again, and its request does not count either.
+    let spent = billed.map(|usage| u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens));
+    let spent = spent.filter(|spent| *spent > 0);
+    quotas::settle(connection, &held, spent)?;
     connection.prepare_cached("DELETE FROM reservations WHERE job_id = ?1")?.execute((job_id,))?;
-    Ok(())
+    Ok(billed)
 }
 
 /// Extends leases and returns those that are lost.
@@ -199,7 +232,7 @@ fn release(connection: &Connection, jobs: Vec<i64>, now: UnixMillis, why: &str) 
         .map(|job_id| {
             let code = ErrorCode::WorkerFailed.as_str();
             fail.execute((job_id, code, why, integer(now.0)))?;
-            free(connection, job_id)?;
+            free(connection, job_id, None)?;
             // No dead letter: that its orchestrator went away says nothing of the job, and only the orchestrator had
             // its request.
             let mut job = jobs::find_by_id(connection, job_id)?;

@@ -6,6 +6,7 @@ pub(crate) mod concurrency;
 pub(crate) mod dead_letters;
 pub(crate) mod jobs;
 pub(crate) mod membership;
+pub(crate) mod quotas;
 pub(crate) mod samples;
 
 use std::sync::Arc;
@@ -60,6 +61,16 @@ macro_rules! job_store_conforms {
             dead_letters: letters_are_listed_in_pages_by_tenant_and_model,
             dead_letters: letters_are_deleted_by_request_number_and_age,
             dead_letters: an_expired_lease_leaves_no_letter,
+            quotas: a_job_holds_its_tokens_until_it_is_settled,
+            quotas: a_limit_admits_its_last_token_and_no_more,
+            quotas: a_job_is_settled_in_the_windows_in_which_it_was_reserved,
+            quotas: a_job_that_costs_nothing_gives_everything_back,
+            quotas: a_moved_job_takes_its_quota_along,
+            quotas: a_resend_needs_no_quota,
+            quotas: nothing_is_billed_beyond_what_was_reserved,
+            quotas: quotas_are_each_tenants_own,
+            quotas: of_64_jobs_exactly_those_run_for_which_there_are_tokens,
+            quotas: random_operations_use_what_the_reference_says,
             concurrency: of_64_reservations_of_one_slot_exactly_one_is_made,
             concurrency: of_64_resends_of_one_job_exactly_one_is_new,
             concurrency: of_64_settlements_of_one_job_exactly_one_bills,

@@ -123,6 +123,7 @@ impl Scene {
             prefix: &PrefixChain::NONE,
             short_context: 0,
             continuation: None,
+            regions: None,
         };
         self.fleet.with_candidates(&[wanted], Instant::now(), |found| found.map(|found| found.barred).collect())
     }

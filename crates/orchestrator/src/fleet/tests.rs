@@ -46,7 +46,15 @@ fn fleet() -> Fleet {
 
 fn of(model: &ModelKey) -> Wanted<'_> {
     static NO_PROMPT: PrefixChain = PrefixChain::NONE;
-    Wanted { model, digest: None, adapter: None, prefix: &NO_PROMPT, short_context: 0, continuation: None }
+    Wanted {
+        model,
+        digest: None,
+        adapter: None,
+        prefix: &NO_PROMPT,
+        short_context: 0,
+        continuation: None,
+        regions: None,
+    }
 }
 
 fn serving(fleet: &Fleet, name: &str, now: Instant) -> Vec<u8> {
@@ -142,8 +150,15 @@ fn workers_are_as_warm_as_their_last_report_says() {
         fleet.update(report, now);
     };
     let shares = |prefix: &PrefixChain| -> Vec<f32> {
-        let wanted =
-            Wanted { model: &model("m"), digest: None, adapter: None, prefix, short_context: 0, continuation: None };
+        let wanted = Wanted {
+            model: &model("m"),
+            digest: None,
+            adapter: None,
+            prefix,
+            short_context: 0,
+            continuation: None,
+            regions: None,
+        };
         let mut found: Vec<Candidate> = fleet.with_candidates(&[wanted], now, |found| found.collect());
         found.sort_by_key(|found| found.worker_id);
         found.into_iter().map(|found| (found.warm_share * 10.0).round() / 10.0).collect()

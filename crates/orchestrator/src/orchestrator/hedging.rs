@@ -71,7 +71,7 @@ impl StartHedge for Orchestrator {
             self.count_hedge("no_worker");
             return None;
         };
-        let request = request_of_hedge(&journey.request)?;
+        let request = request_of_hedge(&journey.sent())?;
         if !self.has_retry(&request.tenant_id) {
             self.count_hedge("no_budget");
             return None;

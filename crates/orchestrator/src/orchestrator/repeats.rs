@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use metadata_store::{DurableState, JobKey, SealedAnswer, TerminalState};
 use protocol::infer::{InferChunk, InferRequest, Origin, Payload, Progress};
+use protocol::quota::QuotaState;
 use protocol::usage::TokenUsage;
 use protocol::{ErrorCode, UnixMillis, WireError, codec};
 use tokio::task;
@@ -146,7 +147,7 @@ async fn follow(mut reader: Reader, request: &Repeatable, deadline: Option<Insta
         };
         if let (Next::Chunk(..), Some(origin), true) = (&next, reader.origin(), request.wants_progress)
             && !std::mem::replace(&mut is_introduced, true)
-            && caller.send_progress(&introduction(request, origin)).await.is_err()
+            && caller.send_progress(&introduction(request, origin, reader.quota())).await.is_err()
         {
             return;
         }
@@ -171,7 +172,9 @@ async fn follow(mut reader: Reader, request: &Repeatable, deadline: Option<Insta
 }
 
 /// Writes a chunk that says where the answer comes from.
-fn introduction(request: &Repeatable, origin: Origin) -> Vec<u8> {
+fn introduction(request: &Repeatable, origin: Origin, quota: Option<QuotaState>) -> Vec<u8> {
     let chunk = InferChunk::new(request.key.correlation_id, 1, 0, Payload::default());
-    codec::encode(&InferChunk { progress: Some(Progress::default()), origin: Some(origin), ..chunk })
+    // An answer that is replayed says nothing of the present.
+    let quota = quota.filter(|_| !origin.replayed);
+    codec::encode(&InferChunk { progress: Some(Progress::default()), origin: Some(origin), quota, ..chunk })
 }

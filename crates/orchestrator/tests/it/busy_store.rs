@@ -11,6 +11,7 @@ use metadata_store::{
 };
 use protocol::jobs::{DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JobQuery};
 use protocol::presence::HighWater;
+use protocol::quota::QuotaUsage;
 use protocol::{CorrelationId, TenantId, UnixMillis, WorkerId};
 use tether_orchestrator::Config;
 use tokio::sync::Barrier;
@@ -64,6 +65,8 @@ impl JobStore for BusyStore {
     async fn count_dead_letters(&self) -> Result<u64, StoreError> { self.store.count_dead_letters().await }
     async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError> { self.store.active_reservations().await }
     async fn usage(&self, tenant: &TenantId, after: UsageCursor, limit: u32) -> Result<Vec<UsageRecord>, StoreError> { self.store.usage(tenant, after, limit).await }
+    async fn quota_usage(&self, tenant: &TenantId, now: UnixMillis) -> Result<QuotaUsage, StoreError> { self.store.quota_usage(tenant, now).await }
+    async fn quota_tenants(&self, now: UnixMillis, limit: u32) -> Result<Vec<TenantId>, StoreError> { self.store.quota_tenants(now, limit).await }
     async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError> { self.store.high_waters().await }
     async fn raise_high_water(&self, marks: Vec<(WorkerId, HighWater)>) -> Result<(), StoreError> { self.store.raise_high_water(marks).await }
 }

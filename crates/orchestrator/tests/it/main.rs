@@ -14,6 +14,7 @@ mod membership;
 mod operations;
 mod presence;
 mod progress;
+mod quotas;
 mod redis;
 mod relay;
 mod repeats;

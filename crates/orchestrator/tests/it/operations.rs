@@ -261,6 +261,8 @@ fn old_job(number: u128) -> metadata_store::NewJob {
         now: protocol::UnixMillis(0),
         lease_until: protocol::UnixMillis(u64::MAX >> 1),
         request_fingerprint: [0; 32],
+        limits: protocol::quota::QuotaLimits::default(),
+        tokens: 1_000,
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use metadata_store::{JobError, JobKey, JobStore, NewDeadLetter, NewJob, Settlement, SqliteStore, TerminalState};
 use protocol::jobs::{DeadLetterCause, DeadLetterPurge};
+use protocol::quota::QuotaLimits;
 use protocol::usage::TokenUsage;
 use protocol::{Clock as _, CorrelationId, ErrorCode, PublicKey, TraceId, UnixMillis};
 use rpc::SystemClock;
@@ -38,6 +39,8 @@ async fn die(store: &dyn JobStore, number: u64) {
         now: SystemClock.now(),
         lease_until: UnixMillis(u64::MAX >> 1),
         request_fingerprint: [0; 32],
+        limits: QuotaLimits::default(),
+        tokens: 0,
     };
     store.reserve(job).await.expect("reserved");
     let dead_letter = Some(NewDeadLetter {

@@ -102,6 +102,8 @@ pub(crate) struct Worker {
     pub(crate) cancelled: Arc<Notify>,
     /// What its last job says of an earlier attempt.
     pub(crate) delivered: Arc<Mutex<Option<Delivered>>>,
+    /// The most tokens of an answer that its last job asks for.
+    pub(crate) max_tokens: Arc<Mutex<Option<u32>>>,
     seq: AtomicU64,
 }
 
@@ -251,22 +253,23 @@ impl Stand {
         let manner = Arc::new(Mutex::new(manner));
         let seen = Arc::new(AtomicUsize::new(0));
         let cancelled = Arc::new(Notify::new());
-        let delivered = Arc::new(Mutex::new(None));
+        let (delivered, max_tokens) = (Arc::new(Mutex::new(None)), Arc::new(Mutex::new(None)));
         let server = Server::new(transport.clone(), info(NodeRole::Worker)).membership(membership.clone());
         let server = server.stream(START, {
             let (manner, seen, cancelled, store) =
                 (manner.clone(), seen.clone(), cancelled.clone(), self.store.clone());
-            let delivered = delivered.clone();
+            let (delivered, max_tokens) = (delivered.clone(), max_tokens.clone());
             move |call| {
                 seen.fetch_add(1, Ordering::SeqCst);
-                *delivered.lock() = codec::decode::<InferRequest>(&call.body).expect("a job").delivered;
+                let job: InferRequest = codec::decode(&call.body).expect("a job");
+                (*delivered.lock(), *max_tokens.lock()) = (job.delivered, job.input.max_tokens);
                 let manner = manner.lock().clone();
                 serve(call, manner, cancelled.clone(), store.clone())
             }
         });
         self.tasks.spawn(server.run(CancellationToken::new(), Duration::ZERO));
         let client = Client::new(transport).with_membership(membership);
-        Worker { key, client, manner, seen, cancelled, delivered, seq: AtomicU64::new(0) }
+        Worker { key, client, manner, seen, cancelled, delivered, max_tokens, seq: AtomicU64::new(0) }
     }
 
     /// Adds two workers. Equal scores go to the lowest id, so the first of them is asked first.

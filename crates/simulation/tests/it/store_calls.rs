@@ -6,6 +6,7 @@ use metadata_store::{
     TerminalState,
 };
 use proptest::prelude::*;
+use protocol::quota::QuotaLimits;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, PublicKey, TraceId, UnixMillis, WorkerId};
 use tether_simulation::job_book::{Entry, Operation, Outcome};
@@ -59,12 +60,15 @@ pub(crate) async fn perform(store: &dyn JobStore, operation: Operation) -> Outco
                 now,
                 lease_until: UnixMillis(lease_until),
                 request_fingerprint: [0; 32],
+                limits: QuotaLimits::default(),
+                tokens: 1_000,
             };
             match store.reserve(new).await {
                 Ok(Reserved::New) => Outcome::Reserved,
                 Ok(Reserved::Again { attempt }) => Outcome::Again { attempt },
                 Ok(Reserved::Duplicate(known)) => Outcome::Known(entry(&known)),
                 Err(ReserveError::NoCapacity { .. }) => Outcome::Full,
+                Err(refused @ ReserveError::Quota(_)) => panic!("no limit applies: {refused}"),
                 Err(ReserveError::Store(error)) => panic!("the store failed: {error}"),
             }
         }

@@ -56,7 +56,7 @@ pub(crate) async fn of_64_nodes_that_redeem_one_invite_exactly_one_does(subject:
 }
 
 /// Has all clients act at once.
-async fn at_once<S, T, F>(subject: &Subject<S>, act: impl Fn(Arc<S>, u128) -> F) -> Vec<T>
+pub(super) async fn at_once<S, T, F>(subject: &Subject<S>, act: impl Fn(Arc<S>, u128) -> F) -> Vec<T>
 where
     S: ?Sized,
     T: Send + 'static,
@@ -127,10 +127,10 @@ async fn check_slots(store: &dyn JobStore) {
 }
 
 /// SplitMix64: the same seed makes the same traffic.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);

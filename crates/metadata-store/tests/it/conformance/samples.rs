@@ -3,6 +3,7 @@
 use protocol::control::Scope;
 use protocol::jobs::AttemptRecord;
 use protocol::model::{AdapterEntry, AdapterKey, ModelEntry, ModelKey};
+use protocol::quota::QuotaLimits;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, Digest, PublicKey, TenantId, TraceId, UnixMillis, WorkerId};
 use tether_metadata_store::{JobKey, Lease, NewJob, Reassignment, Settlement, TerminalState, TokenRecord};
@@ -42,6 +43,8 @@ pub(crate) fn job(number: u128) -> NewJob {
         now: NOW,
         lease_until: LEASE,
         request_fingerprint: [5; 32],
+        limits: QuotaLimits::default(),
+        tokens: 1_000,
     }
 }
 

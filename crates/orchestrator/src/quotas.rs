@@ -1,0 +1,203 @@
+//! Applies tenants' quotas: what a job may use at most, whether that fits, and what is left.
+//!
+//! The store decides, in the transaction that writes a job's reservation. A job that cannot fit is refused before that,
+//! so that it does not wait for a worker first.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use metadata_store::JobStore;
+use parking_lot::Mutex;
+use protocol::policy::TenantPolicy;
+use protocol::quota::{
+    QuotaLimits, QuotaPage, QuotaQuery, QuotaRefusal, QuotaRule, QuotaState, QuotaUsage, TENANTS_MAX, TenantQuota,
+};
+use protocol::{Clock, ErrorCode, TenantId, WireError, WorkerId, codec};
+use rpc::Caller;
+use tracing::warn;
+
+use crate::bounds::Bounds;
+use crate::dispatch::Delivery;
+use crate::journey::Journey;
+use crate::orchestrator::Orchestrator;
+use crate::refusals;
+
+/// What a job takes of its tenant's quotas.
+#[derive(Debug, Clone, Copy)]
+pub struct Claim {
+    pub limits: QuotaLimits,
+    /// The most tokens, of prompt and answers, that it can be billed.
+    pub tokens: u64,
+}
+
+/// The quotas of tenants.
+pub(crate) struct Quotas {
+    store: Arc<dyn JobStore>,
+    clock: Arc<dyn Clock>,
+    jobs: Arc<TenantJobs>,
+}
+
+/// Counts each tenant's jobs, from their admission to their end.
+#[derive(Default)]
+struct TenantJobs(Mutex<HashMap<TenantId, u32>>);
+
+/// A job among those of its tenant, until dropped.
+pub struct JobPermit {
+    jobs: Arc<TenantJobs>,
+    tenant_id: TenantId,
+}
+
+impl TenantJobs {
+    /// Adds a job, or returns how many there are if `limit` does not allow another.
+    fn enter(self: &Arc<Self>, tenant_id: &TenantId, limit: Option<u32>) -> Result<JobPermit, u32> {
+        let mut jobs = self.0.lock();
+        let count = jobs.get(tenant_id).copied().unwrap_or_default();
+        if limit.is_some_and(|limit| count >= limit) {
+            return Err(count);
+        }
+        jobs.insert(tenant_id.clone(), count + 1);
+        Ok(JobPermit { jobs: self.clone(), tenant_id: tenant_id.clone() })
+    }
+
+    fn count(&self, tenant_id: &TenantId) -> u32 {
+        self.0.lock().get(tenant_id).copied().unwrap_or_default()
+    }
+}
+
+impl Drop for JobPermit {
+    fn drop(&mut self) {
+        let mut jobs = self.jobs.0.lock();
+        if let Some(count) = jobs.get_mut(&self.tenant_id) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                jobs.remove(&self.tenant_id);
+            }
+        }
+    }
+}
+
+impl Quotas {
+    pub(crate) fn new(store: Arc<dyn JobStore>, clock: Arc<dyn Clock>) -> Self {
+        Self { store, clock, jobs: Arc::default() }
+    }
+
+    /// Admits a job, unless its tenant has as many jobs as it may have or has used up a quota.
+    pub(crate) async fn admit(&self, tenant_id: &TenantId, policy: &TenantPolicy) -> Result<JobPermit, WireError> {
+        let limits = QuotaLimits::of(policy);
+        let now = self.clock.now();
+        let permit = self.jobs.enter(tenant_id, limits.concurrent_jobs).map_err(|count| {
+            let usage = QuotaUsage { jobs: count, ..QuotaUsage::default() };
+            let [.., state] = usage.states(&limits, now);
+            QuotaRefusal { state, wanted: 1 }.error(now)
+        })?;
+        // The jobs at the same time were counted just now, with those that have no reservation yet.
+        let limits = QuotaLimits { concurrent_jobs: None, ..limits };
+        if !limits.is_empty() {
+            let usage = self.usage(tenant_id).await?;
+            usage.check(&limits, 1, now).map_err(|refusal| refusal.error(now))?;
+        }
+        Ok(permit)
+    }
+
+    async fn usage(&self, tenant_id: &TenantId) -> Result<QuotaUsage, WireError> {
+        let usage = self.store.quota_usage(tenant_id, self.clock.now()).await.map_err(|error| {
+            warn!(%error, "could not read a tenant's quotas");
+            WireError::new(ErrorCode::Unavailable, "quotas cannot be read now, try again")
+        })?;
+        // Those that wait have no reservation yet.
+        Ok(QuotaUsage { jobs: usage.jobs.max(self.jobs.count(tenant_id)), ..usage })
+    }
+
+    /// Returns the state of each rule that the store counts.
+    async fn states(&self, tenant_id: &TenantId, policy: &TenantPolicy) -> Result<[QuotaState; 4], WireError> {
+        Ok(self.usage(tenant_id).await?.states(&QuotaLimits::of(policy), self.clock.now()))
+    }
+}
+
+impl Orchestrator {
+    /// Fails if the tenant's jobs may run in none of the regions whose workers this orchestrator uses.
+    pub(crate) fn check_residency(&self, policy: &TenantPolicy) -> Result<(), WireError> {
+        let Some(allowed) = &policy.allowed_regions else { return Ok(()) };
+        let mut used = std::iter::once(&self.region).chain(&self.config.near_regions);
+        if used.any(|region| allowed.contains(region)) { Ok(()) } else { Err(refusals::residency(allowed)) }
+    }
+
+    /// Returns what a job that begins on a worker takes of its tenant's quotas.
+    pub(crate) fn claim(&self, journey: &mut Journey, worker_id: WorkerId) -> Claim {
+        let limits = QuotaLimits::of(&journey.policy);
+        let context_length = self.fleet.context_length(worker_id, journey.model());
+        let input = &journey.request.input;
+        let is_open = input.max_tokens.is_none() && input.embed.is_none() && !input.count_only;
+        let most = self.config.quota_answer_tokens.max(1);
+        let is_long = context_length == 0 || context_length > most;
+        journey.answer_tokens = (limits.limits_tokens() && is_open && is_long).then_some(most);
+        let request = journey.sent();
+        let tokens = Bounds::of(&request, codec::encode(&*request).len(), context_length).tokens();
+        Claim { limits, tokens }
+    }
+
+    /// Has the caller told what is left of its tenant's tokens, if they are limited.
+    pub(crate) async fn tell_quota(&self, journey: &Journey, delivery: &mut Delivery) {
+        if !journey.wants_progress || !QuotaLimits::of(&journey.policy).limits_tokens() {
+            return;
+        }
+        let request = &journey.request;
+        if let Ok(states) = self.quotas.states(&request.tenant_id, &journey.policy).await
+            && let Some(tightest) = QuotaState::tightest_of_tokens(&states)
+        {
+            delivery.tell_quota(request.correlation_id, tightest);
+        }
+    }
+
+    /// Lists the quotas of one tenant, or of all that have used something today.
+    pub(crate) async fn list_quotas(self: Arc<Self>, _: Caller, query: QuotaQuery) -> Result<QuotaPage, WireError> {
+        let tenants = match query.tenant_id {
+            Some(tenant) => vec![tenant],
+            None => self.quotas.store.quota_tenants(self.quotas.clock.now(), TENANTS_MAX).await.map_err(|error| {
+                warn!(%error, "could not read the tenants that have used something");
+                WireError::new(ErrorCode::Unavailable, "quotas cannot be read now, try again")
+            })?,
+        };
+        let mut page = QuotaPage::default();
+        for tenant_id in tenants {
+            let policy = self.policies.policy(&tenant_id).await?;
+            let mut quotas = vec![self.rate(&tenant_id, &policy)];
+            quotas.extend(self.quotas.states(&tenant_id, &policy).await?);
+            page.tenants.push(TenantQuota { tenant_id, quotas });
+        }
+        Ok(page)
+    }
+
+    /// Returns the state of a tenant's request rate.
+    fn rate(&self, tenant_id: &TenantId, policy: &TenantPolicy) -> QuotaState {
+        let spent = policy.requests_per_minute.map_or(0, |limit| limit - self.policies.requests_left(tenant_id, limit));
+        QuotaState {
+            rule: QuotaRule::RequestsPerMinute,
+            limit: policy.requests_per_minute.map(u64::from),
+            spent: spent.into(),
+            reserved: 0,
+            resets_at: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tenants_jobs_are_counted_until_they_end() {
+        let jobs = Arc::new(TenantJobs::default());
+        let tenant = |name: &str| name.parse::<TenantId>().expect("a tenant");
+        let enter = |name: &str| jobs.enter(&tenant(name), Some(2));
+        let first = enter("acme").map_err(|_| ()).expect("none yet");
+        let _second = enter("acme").map_err(|_| ()).expect("one");
+        assert_eq!(enter("acme").err(), Some(2));
+        let _other = enter("other").map_err(|_| ()).expect("tenants do not count for each other");
+        drop(first);
+        let third = enter("acme").map_err(|_| ()).expect("one has ended");
+        drop(third);
+        assert_eq!((jobs.count(&tenant("acme")), jobs.enter(&tenant("x"), Some(0)).err()), (1, Some(0)));
+        assert_eq!(jobs.0.lock().len(), 2, "nothing is kept of tenants without jobs");
+    }
+}

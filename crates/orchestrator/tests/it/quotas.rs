@@ -1,0 +1,167 @@
+//! Quotas and regions of tenants, as an orchestrator applies them.
+
+use std::time::Duration;
+
+use protocol::infer::{InferChunk, InferRequest};
+use protocol::policy::TenantPolicy;
+use protocol::quota::{QUOTA_LIST, QuotaPage, QuotaQuery, QuotaRule, QuotaState};
+use protocol::{ErrorCode, codec};
+use tether_orchestrator::Config;
+
+use crate::stand::{Manner, Stand, stand};
+
+/// Policies are not cached, so that tests need not wait.
+fn config() -> Config {
+    Config { policy_cache_secs: 0, ..Config::default() }
+}
+
+async fn limited(policy: TenantPolicy) -> Stand {
+    let stand = stand(config()).await;
+    *stand.policy.lock() = policy;
+    stand
+}
+
+fn daily(tokens: u64) -> TenantPolicy {
+    TenantPolicy { tokens_per_day: Some(tokens), ..TenantPolicy::default() }
+}
+
+/// A job whose answer has at most so many tokens.
+fn short(stand: &Stand, max_tokens: u32) -> InferRequest {
+    let mut job = stand.job();
+    job.input.max_tokens = Some(max_tokens);
+    job
+}
+
+async fn state(stand: &Stand, rule: QuotaRule) -> QuotaState {
+    let page: QuotaPage = stand.ask(QUOTA_LIST, &QuotaQuery { tenant_id: Some("acme".parse().expect("name")) }).await;
+    *page.tenants[0].quotas.iter().find(|state| state.rule == rule).expect("every rule is listed")
+}
+
+#[tokio::test]
+async fn a_job_holds_its_worst_case_until_it_ends_and_pays_what_it_used() {
+    let stand = limited(daily(10_000)).await;
+    let worker = stand.worker(1, Manner::Hang).await;
+    let first = short(&stand, 6_000);
+    let mut waiting = stand.submit(&first).await.expect("accepted");
+    waiting.next().await.expect("a chunk").expect("of the answer");
+    let held = state(&stand, QuotaRule::TokensPerDay).await;
+    assert!(held.spent == 0 && (6_000..8_000).contains(&held.reserved), "{held:?}");
+
+    let refused = stand.answer(&short(&stand, 6_000)).await.expect_err("both cannot fit");
+    assert_eq!((refused.code, refused.param.as_deref()), (ErrorCode::InsufficientQuota, Some("tokens_per_day")));
+    let quota = refused.quota.expect("it says how much is left");
+    assert_eq!((quota.limit, quota.reserved), (Some(10_000), held.reserved));
+    assert!(refused.message.contains("ends in"), "{}", refused.message);
+
+    *worker.manner.lock() = Manner::Answer(2);
+    drop(waiting);
+    stand.settled(&first).await;
+    stand.answer(&short(&stand, 6_000)).await.expect("there is room again");
+    let after = state(&stand, QuotaRule::TokensPerDay).await;
+    let billed: u64 = stand.usage().await.iter().map(|record| u64::from(record.usage.total_tokens())).sum();
+    assert_eq!((after.spent, after.reserved), (billed, 0));
+}
+
+#[tokio::test]
+async fn a_failed_job_costs_no_tokens() {
+    let stand = limited(daily(10_000)).await;
+    stand.worker(1, Manner::DieAfter(0)).await;
+    stand.answer(&short(&stand, 5)).await.expect_err("the worker dies");
+    let after = state(&stand, QuotaRule::TokensPerDay).await;
+    assert_eq!((after.spent, after.reserved), (0, 0));
+    assert_eq!(state(&stand, QuotaRule::RequestsPerDay).await.spent, 0);
+}
+
+#[tokio::test]
+async fn an_answer_without_a_length_is_bounded_where_tokens_are_limited() {
+    let stand = limited(daily(1_000_000)).await;
+    let worker = stand.worker(1, Manner::Answer(2)).await;
+    stand.answer(&stand.job()).await.expect("answered");
+    assert_eq!(*worker.max_tokens.lock(), Some(config().quota_answer_tokens), "the worker ends the answer there");
+    stand.answer(&short(&stand, 7)).await.expect("answered");
+    assert_eq!(*worker.max_tokens.lock(), Some(7));
+    *stand.policy.lock() = TenantPolicy::default();
+    stand.answer(&stand.job()).await.expect("answered");
+    assert_eq!(*worker.max_tokens.lock(), None, "nothing is reserved from a limit");
+}
+
+#[tokio::test]
+async fn a_request_that_needs_more_than_the_whole_limit_is_told_what_to_change() {
+    let stand = limited(TenantPolicy { tokens_per_minute: Some(1_000), ..TenantPolicy::default() }).await;
+    stand.worker(1, Manner::Answer(2)).await;
+    let refused = stand.answer(&short(&stand, 5_000)).await.expect_err("too much");
+    assert_eq!(refused.code, ErrorCode::InsufficientQuota);
+    assert!(refused.message.contains("lower max_tokens"), "{}", refused.message);
+    stand.answer(&short(&stand, 5)).await.expect("fits");
+}
+
+#[tokio::test]
+async fn a_tenant_has_no_more_jobs_at_once_than_it_may() {
+    let stand = limited(TenantPolicy { concurrent_jobs: Some(2), ..TenantPolicy::default() }).await;
+    let worker = stand.worker(1, Manner::Hang).await;
+    let mut running = vec![];
+    for _ in 0..2 {
+        let mut answer = stand.submit(&stand.job()).await.expect("accepted");
+        answer.next().await.expect("a chunk").expect("of the answer");
+        running.push(answer);
+    }
+    let refused = stand.answer(&stand.job()).await.expect_err("the third");
+    assert_eq!((refused.code, refused.retry_after_ms), (ErrorCode::RateLimitExceeded, Some(1_000)));
+    assert_eq!(refused.param.as_deref(), Some("concurrent_jobs"));
+    assert_eq!(worker.jobs_seen(), 2);
+    running.pop();
+    *worker.manner.lock() = Manner::Answer(1);
+    for _ in 0..500 {
+        if stand.answer(&stand.job()).await.is_ok() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("no job ran within five seconds after another ended");
+}
+
+/// Returns the first chunk of a job's answer.
+async fn told(stand: &Stand, job: InferRequest) -> InferChunk {
+    let mut answer = stand.submit(&job).await.expect("accepted");
+    let first = codec::decode(&answer.next().await.expect("a chunk").expect("read")).expect("a chunk");
+    while answer.next().await.is_some() {}
+    first
+}
+
+#[tokio::test]
+async fn a_caller_learns_what_is_left_before_its_answer_begins() {
+    let stand = limited(daily(10_000)).await;
+    stand.worker(1, Manner::Answer(2)).await;
+    let first = told(&stand, InferRequest { progress: true, ..short(&stand, 100) }).await;
+    let quota = first.quota.expect("what is left");
+    assert!(first.progress.is_some() && quota.left().is_some_and(|left| left < 9_900), "{quota:?}");
+    let shared = InferRequest { progress: true, linger_ms: Some(1_000), keeps_answer: true, ..short(&stand, 100) };
+    assert!(told(&stand, shared.clone()).await.quota.is_some());
+    assert!(told(&stand, shared).await.quota.is_none(), "a kept answer says nothing of the present");
+    assert!(told(&stand, short(&stand, 100)).await.progress.is_none(), "a caller that knows no progress gets none");
+}
+
+#[tokio::test]
+async fn jobs_run_only_in_allowed_regions() {
+    let near = "near".parse().expect("a region");
+    let stand = stand(Config { near_regions: vec![near], ..config() }).await;
+    let own = stand.worker(1, Manner::Answer(1)).await;
+    let allow = |regions: &[&str]| {
+        let allowed = regions.iter().map(|region| region.parse().expect("a region")).collect();
+        *stand.policy.lock() = TenantPolicy { allowed_regions: Some(allowed), ..TenantPolicy::default() };
+    };
+    allow(&["far"]);
+    let never = stand.answer(&stand.job()).await.expect_err("no worker is ever there");
+    assert_eq!(never.code, ErrorCode::ResidencyMismatch);
+    allow(&["near", "far"]);
+    let not_now = stand.answer(&stand.job()).await.expect_err("none is there now");
+    assert_eq!(not_now.code, ErrorCode::NoCapacity);
+    assert!(not_now.message.contains("allowed regions"), "{}", not_now.message);
+    let (other, region) = (stand.worker(2, Manner::Answer(1)).await, "near".parse().expect("a region"));
+    other.report(&stand, |report| report.region = region).await.expect("believed");
+    stand.answer(&stand.job()).await.expect("there is one now");
+    assert_eq!((own.jobs_seen(), other.jobs_seen()), (0, 1));
+    allow(&["local"]);
+    stand.answer(&stand.job()).await.expect("runs here");
+    assert_eq!((own.jobs_seen(), other.jobs_seen()), (1, 1));
+}
