@@ -46,7 +46,7 @@ use crate::metrics::Metrics;
 use crate::model_loader::cache::{Entry, ModelCache, Status};
 use crate::model_loader::{LoaderOptions, ModelLoader, u64_of};
 use crate::offers::Offers;
-use crate::quota_guard::{JobLimits, QuotaGuard, QuotaPermit};
+use crate::quota_guard::{Demand, JobLimits, QuotaGuard, QuotaPermit};
 use crate::remote_models::RemoteModels;
 use crate::runtimes::Runtimes;
 
@@ -133,7 +133,7 @@ impl BaseWorker {
     /// Creates a worker. The configuration must have passed [`Config::check`].
     pub fn new(config: Config, parts: WorkerParts) -> Self {
         let changes = watch::Sender::new(());
-        let Config { slots, queue_max, tenant_jobs_max, preload, memory_max_mib, vram_max_mib, .. } = config;
+        let Config { slots, queue_max, preload, memory_max_mib, vram_max_mib, .. } = config;
         let bytes = |mib: u64| (mib > 0).then(|| mib.saturating_mul(1 << 20));
         let (memory_max, vram_max) = (bytes(memory_max_mib), bytes(vram_max_mib));
         let seed = u64_of(&parts.key.public_key().0);
@@ -164,7 +164,7 @@ impl BaseWorker {
             parts.metrics.clone(),
             changes.clone(),
         ));
-        let guard = QuotaGuard::new(JobLimits { slots, queue_max, tenant_jobs_max }, changes.clone());
+        let guard = QuotaGuard::new(JobLimits::of(&config), changes.clone());
         let stopped = CancellationToken::new();
         let end = stopped.clone().drop_guard();
         let hearing = Arc::new(Hearing::new(config.region.clone()));
@@ -568,7 +568,8 @@ impl Handlers {
         if deadline.is_some_and(|deadline| deadline <= now) {
             return Err(too_late());
         }
-        let permit = self.guard.enter(&request.tenant_id, request.input.answers())?;
+        let demand = Demand::of(&request.input, entry.model.context_length);
+        let permit = self.guard.enter(&request.tenant_id, demand)?;
         if let Some(secs) = request.input.keep_alive_secs {
             entry.keep_for((self.bound_keep_alive)(secs));
         }

@@ -56,6 +56,27 @@ pub struct Config {
     pub server_stall_secs: u64,
     /// Number of network hops to the region's centre. Fewer is nearer.
     pub latency_hops: u32,
+    /// How much of this worker one tenant may take, whatever orchestrators send.
+    pub quota: QuotaConfig,
+}
+
+/// How much of a worker one tenant may take. A job beyond it goes to another worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct QuotaConfig {
+    /// Maximum percent of the queue for jobs of one tenant. The rest stays free for other tenants. All slots are open
+    /// to each tenant.
+    pub tenant_queue_percent: u32,
+    /// Maximum tokens of all running and queued jobs of one tenant, estimated from their prompts and `max_tokens`; no
+    /// limit if omitted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant_tokens_max: Option<u64>,
+}
+
+impl Default for QuotaConfig {
+    fn default() -> Self {
+        Self { tenant_queue_percent: 75, tenant_tokens_max: None }
+    }
 }
 
 /// What a worker does with models that operators added. `true` and `false` stand for `fetch` and `off`.
@@ -277,6 +298,7 @@ impl Default for Config {
             drain_secs: 20,
             server_stall_secs: 120,
             latency_hops: 0,
+            quota: QuotaConfig::default(),
         }
     }
 }

@@ -32,4 +32,4 @@ pub use base_worker::{BaseWorker, NotReady, WorkerHandle, WorkerParts};
 pub use capabilities::Capabilities;
 pub use config::{CatalogUse, Config, ConfigError, RemoteServer, ServedAdapter, ServedModel};
 pub use metrics::Metrics;
-pub use quota_guard::{JobLimits, Occupancy, Refusal, admit};
+pub use quota_guard::{Demand, JobLimits, Occupancy, Refusal, admit};
