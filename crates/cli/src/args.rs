@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use protocol::jobs::JobStatus;
 use protocol::keep_alive::KeepAlive;
-use protocol::{ModelName, TenantId};
+use protocol::policy::ServiceClass;
+use protocol::{AdapterName, ModelName, Region, TenantId};
 
 /// Dependable AI inference over scattered machines, behind one OpenAI-compatible address.
 #[derive(Debug, Parser)]
@@ -108,6 +109,11 @@ pub enum Command {
     /// List, show, replay and delete dead letters: failed jobs that are kept with their requests
     #[command(subcommand)]
     Dlq(DlqCommand),
+    /// Show, set, list and explain what tenants may do
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Show what tenants use of their quotas, what is left, and when it resets
+    Quota(QuotaArgs),
     /// Diagnose problems and suggest what to do
     Doctor(ServerArgs),
     /// Show or check the settings
@@ -419,6 +425,133 @@ pub struct RequestArgs {
     /// Where the network is
     #[command(flatten)]
     pub server: ServerArgs,
+}
+
+/// Shows, sets, lists and explains policies.
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// List the tenants that have a policy
+    #[command(visible_alias = "ls")]
+    List(ServerArgs),
+    /// Show the rules of a tenant
+    Show(PolicyShowArgs),
+    /// Set or clear rules of a tenant; others stay. They apply within 2 seconds
+    Set(Box<PolicySetArgs>),
+    /// Show which rules apply to a request of a tenant now, what each says, and what would happen
+    Explain(PolicyExplainArgs),
+}
+
+/// Whose policy to show.
+#[derive(Debug, Clone, Args)]
+pub struct PolicyShowArgs {
+    /// Name of the tenant
+    pub tenant: TenantId,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// The rules to change. A limit of 0 allows nothing.
+#[derive(Debug, Clone, Args)]
+pub struct PolicySetArgs {
+    /// Name of the tenant
+    pub tenant: TenantId,
+    /// Maximum requests per minute in the long run
+    #[arg(long, value_name = "COUNT")]
+    pub requests_per_minute: Option<u32>,
+    /// Maximum requests in each day of UTC
+    #[arg(long, value_name = "COUNT")]
+    pub requests_per_day: Option<u64>,
+    /// Maximum tokens of prompts and answers in each minute
+    #[arg(long, value_name = "COUNT")]
+    pub tokens_per_minute: Option<u64>,
+    /// Maximum tokens of prompts and answers in each day of UTC
+    #[arg(long, value_name = "COUNT")]
+    pub tokens_per_day: Option<u64>,
+    /// Maximum jobs that run or wait at the same time
+    #[arg(long, value_name = "COUNT")]
+    pub concurrent_jobs: Option<u32>,
+    /// The models that the tenant may use, separated by commas; replaces the list
+    #[arg(long = "allow-model", value_name = "MODEL", value_delimiter = ',')]
+    pub allow_models: Option<Vec<ModelName>>,
+    /// The regions in which the tenant's jobs may run, separated by commas; replaces the list
+    #[arg(long = "allow-region", value_name = "REGION", value_delimiter = ',')]
+    pub allow_regions: Option<Vec<Region>>,
+    /// The classes that the tenant may ask for: interactive, standard, batch; replaces the list
+    #[arg(long = "allow-class", value_name = "CLASS", value_delimiter = ',', value_parser = service_class)]
+    pub allow_classes: Option<Vec<ServiceClass>>,
+    /// Share of capacity while others wait too, relative to their shares
+    #[arg(long, value_name = "WEIGHT", value_parser = clap::value_parser!(u32).range(1..))]
+    pub weight: Option<u32>,
+    /// The models to use instead while capacity is short, the best first, separated by commas
+    #[arg(long = "degrade-model", value_name = "MODEL", value_delimiter = ',')]
+    pub degrade_models: Option<Vec<ModelName>>,
+    /// The adapter to use instead while capacity is short
+    #[arg(long, value_name = "ADAPTER")]
+    pub degrade_adapter: Option<AdapterName>,
+    /// Maximum tokens of an answer while capacity is short
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    pub degrade_max_tokens: Option<u32>,
+    /// Rules to remove
+    #[arg(long, value_name = "RULE")]
+    pub clear: Vec<PolicyRule>,
+    /// JSON file with the whole policy, as `tether policy show --json` prints it; - reads stdin
+    #[arg(long, value_name = "FILE")]
+    pub from_file: Option<PathBuf>,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// A rule of a policy that can be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PolicyRule {
+    /// Every rule
+    All,
+    RequestsPerMinute,
+    RequestsPerDay,
+    TokensPerMinute,
+    TokensPerDay,
+    ConcurrentJobs,
+    AllowModel,
+    AllowRegion,
+    AllowClass,
+    Weight,
+    Degrade,
+}
+
+/// A request to explain.
+#[derive(Debug, Clone, Args)]
+pub struct PolicyExplainArgs {
+    /// Name of the tenant
+    pub tenant: TenantId,
+    /// Model of the request
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<ModelName>,
+    /// Class of the request: interactive, standard or batch
+    #[arg(long, value_name = "CLASS", default_value = "standard", value_parser = service_class)]
+    pub class: ServiceClass,
+    /// The most tokens that the request may need: its prompt and max_tokens
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
+    pub tokens: u64,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Whose quotas to show.
+#[derive(Debug, Clone, Args)]
+pub struct QuotaArgs {
+    /// Name of the tenant [default: all that have used something today]
+    pub tenant: Option<TenantId>,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+fn service_class(text: &str) -> Result<ServiceClass, String> {
+    let named = ServiceClass::ALL.into_iter().find(|class| class.as_str() == text);
+    named.ok_or_else(|| "the classes are interactive, standard and batch".to_owned())
 }
 
 /// Lists, shows, replays and deletes dead letters.

@@ -224,6 +224,11 @@ impl GatewayClient {
         self.exchange(Method::PATCH, path, Some(serde_json::to_vec(body)?)).await
     }
 
+    /// Replaces a resource by a JSON document and reads the JSON response.
+    pub async fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
+        self.exchange(Method::PUT, path, Some(serde_json::to_vec(body)?)).await
+    }
+
     /// Deletes a resource and reads the JSON response.
     pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
         self.exchange(Method::DELETE, path, None).await

@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses;
 use crate::args::{
-    AdapterCommand, Cli, Command, Common, ConfigCommand, DlqCommand, JobsCommand, ModelCommand, TokenCommand, UpArgs,
-    WorkerArgs,
+    AdapterCommand, Cli, Command, Common, ConfigCommand, DlqCommand, JobsCommand, ModelCommand, PolicyCommand,
+    TokenCommand, UpArgs, WorkerArgs,
 };
 use crate::clock;
 use crate::data_folder::DataFolder;
@@ -36,6 +36,8 @@ mod membership;
 mod model;
 mod model_add;
 mod nodes;
+mod policy;
+mod quota;
 mod reach;
 mod run;
 mod serve;
@@ -212,6 +214,11 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Dlq(DlqCommand::Show(args)) => dlq::show(context, &args).await,
         Command::Dlq(DlqCommand::Replay(args)) => dlq::replay(context, &args).await,
         Command::Dlq(DlqCommand::Purge(args)) => dlq::purge(context, &args).await,
+        Command::Policy(PolicyCommand::List(server)) => policy::list(context, &server).await,
+        Command::Policy(PolicyCommand::Show(args)) => policy::show(context, &args).await,
+        Command::Policy(PolicyCommand::Set(args)) => policy::set(context, *args).await,
+        Command::Policy(PolicyCommand::Explain(args)) => policy::explain(context, &args).await,
+        Command::Quota(args) => quota::show(context, &args).await,
         Command::Doctor(server) => doctor::run(context, &server).await,
         Command::Config(ConfigCommand::Check) => check_config(&context),
         // Handled before the settings were read.

@@ -9,13 +9,15 @@ use protocol::control::{
     ALIAS_REMOVE, ALIAS_SET, AliasList, AliasRemove, AliasRemoved, AliasSet, ByOperator, Catalog, INVITE_CREATE,
     InviteCreate, InviteCreated, MODEL_ADD, MODEL_KEEP, MODEL_REMOVE, Member, Members, ModelAdd, ModelKeep,
     ModelRemove, ModelRemoved, NODE_LIST, NODE_RENAME, NODE_REVOKE, NodeList, NodeRename, NodeRenamed, NodeRevoke,
-    NodeRevoked, OPERATOR_CATALOG_LIST, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE,
-    OperatorRequest, TokenCreate, TokenCreated, TokenInfo, TokenList, TokenRevoke, TokenRevoked,
+    NodeRevoked, OPERATOR_CATALOG_LIST, OPERATOR_POLICY_GET, OPERATOR_POLICY_LIST, OPERATOR_POLICY_SET,
+    OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, PolicyRequest, TokenCreate,
+    TokenCreated, TokenInfo, TokenList, TokenRevoke, TokenRevoked,
 };
 use protocol::model::{AliasEntry, ModelEntry, ModelKey, ModelRef};
+use protocol::policy::{PolicyList, PolicySaved, PolicySet, TenantPolicy};
 use protocol::signature::NodeKey;
-use protocol::{Clock as _, ModelName, PublicKey, UnixMillis};
-use registry::{TokenIssuer, catalog, models};
+use protocol::{Clock as _, ModelName, PublicKey, TenantId, UnixMillis};
+use registry::{TokenIssuer, catalog, models, policies};
 use rpc::transport::hyperswarm::{HyperswarmTransport, KnownPeers, Options};
 use rpc::{CallError, Client, SystemClock};
 use serde::Serialize;
@@ -203,6 +205,36 @@ impl AdminClient {
             Self::Gateway(client) => client.delete(&format!("/admin/v1/aliases/{alias}")).await,
             Self::Registry(operator) => operator.ask(ALIAS_REMOVE, &operator.asking(AliasRemove { alias })).await,
             Self::Store(_, store) => Ok(models::remove_alias(&**store, &alias).await?),
+        }
+    }
+
+    pub async fn policy(&self, tenant_id: &TenantId) -> anyhow::Result<TenantPolicy> {
+        match self {
+            Self::Gateway(client) => client.get(&format!("/admin/v1/tenants/{tenant_id}/policy")).await,
+            Self::Registry(operator) => {
+                let request = PolicyRequest { tenant_id: tenant_id.clone() };
+                operator.ask(OPERATOR_POLICY_GET, &operator.asking(request)).await
+            }
+            Self::Store(_, store) => Ok(policies::of(&**store, tenant_id).await?),
+        }
+    }
+
+    /// Sets the whole policy of a tenant.
+    pub async fn set_policy(&self, new: PolicySet) -> anyhow::Result<PolicySaved> {
+        match self {
+            Self::Gateway(client) => {
+                client.put(&format!("/admin/v1/tenants/{}/policy", new.tenant_id), &new.policy).await
+            }
+            Self::Registry(operator) => operator.ask(OPERATOR_POLICY_SET, &operator.asking(new)).await,
+            Self::Store(_, store) => Ok(policies::set(&**store, new).await?),
+        }
+    }
+
+    pub async fn policies(&self) -> anyhow::Result<PolicyList> {
+        match self {
+            Self::Gateway(client) => client.get("/admin/v1/policies").await,
+            Self::Registry(operator) => operator.ask(OPERATOR_POLICY_LIST, &operator.request()).await,
+            Self::Store(_, store) => Ok(policies::list(&**store).await?),
         }
     }
 

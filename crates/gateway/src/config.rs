@@ -71,7 +71,8 @@ pub struct Config {
     /// Seconds for which a job with an idempotency key goes on when its client has disconnected. A client that asks
     /// again gets the same answer. At most 300.
     pub reconnect_secs: u64,
-    /// Seconds for which a token's check is cached. A revoked token works this much longer. At most 5.
+    /// Seconds for which a token's check is cached, with the policy of its tenant. A revoked token works this much
+    /// longer, and a changed policy applies this much later. At most 5.
     pub token_cache_secs: u64,
     /// Seconds for which the list of models is cached.
     pub catalog_cache_secs: u64,
@@ -145,7 +146,7 @@ impl Default for Config {
             request_deadline_secs: 1_800,
             stall_timeout_secs: 120,
             reconnect_secs: 30,
-            token_cache_secs: 5,
+            token_cache_secs: 1,
             catalog_cache_secs: 5,
             metrics_access: MetricsAccess::Local,
             rate_limit: RateLimitConfig::default(),

@@ -14,6 +14,7 @@ use protocol::jobs::{
     DeadLetterPage, DeadLetterPurge, DeadLetterQuery, DeadLetterRef, DeadLetterReplayed, DeadLettersPurged, JOB_CANCEL,
     JOB_LIST, JOB_SHOW, JobInfo, JobList, JobPage, JobQuery, JobRef, JobStatus, JobsCancelled, PAGE_MAX,
 };
+use protocol::quota::{OrchestratorQuotas, QUOTA_LIST, QuotaList, QuotaPage, QuotaQuery};
 use protocol::{CorrelationId, ErrorCode, PublicKey, UnixMillis, WireError, codec};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -123,6 +124,13 @@ impl Gateway {
         let asked = self.ask_all::<_, JobPage>(JOB_SHOW, |_| Some(JobRef { correlation_id: id })).await?;
         let jobs = asked.replies.into_iter().flat_map(|(_, page)| page.jobs).collect();
         Ok(JobList { jobs, next: None, silent: asked.silent })
+    }
+
+    pub(crate) async fn list_quotas(&self, query: QuotaQuery) -> Result<QuotaList, WireError> {
+        let asked = self.ask_all::<_, QuotaPage>(QUOTA_LIST, |_| Some(query.clone())).await?;
+        let counted =
+            |(orchestrator, page): (PublicKey, QuotaPage)| OrchestratorQuotas { orchestrator, tenants: page.tenants };
+        Ok(QuotaList { orchestrators: asked.replies.into_iter().map(counted).collect(), silent: asked.silent })
     }
 
     pub(crate) async fn cancel_jobs(&self, token: String, id: CorrelationId) -> Result<JobList, WireError> {

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::marker::PhantomData;
 
-use protocol::{control, infer, jobs, model};
+use protocol::{control, infer, jobs, model, policy, quota};
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value};
@@ -44,6 +44,10 @@ pub(crate) type ModelResidency = Published<control::ModelResidency>;
 pub(crate) type ModelRemoved = Published<control::ModelRemoved>;
 pub(crate) type NodeRenamed = Published<control::NodeRenamed>;
 pub(crate) type NodeRevoked = Published<control::NodeRevoked>;
+pub(crate) type PolicyList = Published<policy::PolicyList>;
+pub(crate) type PolicySaved = Published<policy::PolicySaved>;
+pub(crate) type QuotaList = Published<quota::QuotaList>;
+pub(crate) type TenantPolicy = Published<policy::TenantPolicy>;
 pub(crate) type TokenCreate = Published<control::TokenCreate>;
 pub(crate) type TokenCreated = Published<control::TokenCreated>;
 pub(crate) type TokenList = Published<control::TokenList>;

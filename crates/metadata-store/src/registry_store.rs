@@ -28,6 +28,9 @@ pub trait RegistryStore: Store {
     /// Returns a tenant's policy, if it has one.
     async fn policy(&self, tenant_id: &TenantId) -> Result<Option<TenantPolicy>, StoreError>;
 
+    /// Returns every tenant's policy, ordered by tenant.
+    async fn policies(&self) -> Result<Vec<(TenantId, TenantPolicy)>, StoreError>;
+
     /// Registers a model version. The same digest again updates its context length, description and facts; another
     /// digest is refused.
     async fn put_model(&self, entry: ModelEntry) -> Result<(), PutModelError>;

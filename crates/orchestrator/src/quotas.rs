@@ -23,7 +23,7 @@ use crate::orchestrator::Orchestrator;
 use crate::refusals;
 
 /// What a job takes of its tenant's quotas.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Claim {
     pub limits: QuotaLimits,
     /// The most tokens, of prompt and answers, that it can be billed.

@@ -59,6 +59,13 @@ pub const OPERATOR_CATALOG_LIST: &str = "registry.operator.catalog.list";
 pub const MODEL_MOVE: &str = "model.move";
 /// Registry: returns a tenant's rules. [`PolicyRequest`] → [`TenantPolicy`].
 pub const POLICY_GET: &str = "registry.policy.get";
+/// Registry: returns a tenant's rules to an operator. [`ByOperator`] of a [`PolicyRequest`] → [`TenantPolicy`].
+pub const OPERATOR_POLICY_GET: &str = "registry.operator.policy.get";
+/// Registry: sets a tenant's rules for an operator. [`ByOperator`] of a [`crate::policy::PolicySet`] →
+/// [`crate::policy::PolicySaved`].
+pub const OPERATOR_POLICY_SET: &str = "registry.operator.policy.set";
+/// Registry: lists the tenants' rules to an operator. [`OperatorRequest`] → [`crate::policy::PolicyList`].
+pub const OPERATOR_POLICY_LIST: &str = "registry.operator.policy.list";
 
 /// Any node: takes the caller's introduction and returns the callee's. [`Hello`] → [`Hello`].
 pub const NODE_HELLO: &str = "node.hello";

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::id::{AdapterName, ModelName, Region};
+use crate::id::{AdapterName, ModelName, Region, TenantId};
 
 /// The rules of one tenant. An omitted rule sets no limit.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -58,6 +58,143 @@ impl TenantPolicy {
     }
 }
 
+/// The most entries of a list in a policy.
+const ENTRIES_MAX: usize = 1_000;
+
+/// A policy that cannot be applied.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidPolicy {
+    /// The weight is 0.
+    #[error("weight must be at least 1; to let a tenant run nothing, set concurrent_jobs to 0")]
+    Weight,
+    /// Degraded answers would have no tokens.
+    #[error("the degraded max_tokens must be at least 1")]
+    DegradedTokens,
+    /// A list is too long.
+    #[error("{field} has more than {ENTRIES_MAX} entries")]
+    TooLong {
+        /// The list, as in JSON.
+        field: &'static str,
+    },
+    /// There is no such rule.
+    #[error("{0:?} is not a rule of a policy; `tether policy set --help` lists them")]
+    UnknownRule(String),
+    /// A rule has a value of the wrong type.
+    #[error("the policy is malformed: {0}")]
+    Malformed(String),
+}
+
+impl TenantPolicy {
+    /// Reads a policy that an operator wrote. Unlike a message of another node, it must not have unknown fields: a
+    /// mistyped limit would be none.
+    pub fn parse(written: serde_json::Value) -> Result<Self, InvalidPolicy> {
+        if !written.is_object() {
+            return Err(InvalidPolicy::Malformed("it must be a JSON object".to_owned()));
+        }
+        let unknown = |written: &serde_json::Value, schema: schemars::Schema| {
+            let known = schema.get("properties").and_then(serde_json::Value::as_object).cloned().unwrap_or_default();
+            written.as_object().and_then(|fields| fields.keys().find(|name| !known.contains_key(*name)).cloned())
+        };
+        let degrade = written.get("degrade").unwrap_or(&serde_json::Value::Null);
+        let mistyped = unknown(&written, schemars::schema_for!(Self))
+            .or_else(|| unknown(degrade, schemars::schema_for!(DegradePolicy)));
+        if let Some(name) = mistyped {
+            return Err(InvalidPolicy::UnknownRule(name));
+        }
+        let policy: Self =
+            serde_json::from_value(written).map_err(|error| InvalidPolicy::Malformed(error.to_string()))?;
+        policy.check().map(|()| policy)
+    }
+
+    /// Checks what the types cannot.
+    pub fn check(&self) -> Result<(), InvalidPolicy> {
+        if self.weight == Some(0) {
+            return Err(InvalidPolicy::Weight);
+        }
+        if self.degrade.as_ref().is_some_and(|degrade| degrade.max_tokens == Some(0)) {
+            return Err(InvalidPolicy::DegradedTokens);
+        }
+        let lengths = [
+            ("allowedModels", self.allowed_models.as_ref().map(Vec::len)),
+            ("allowedRegions", self.allowed_regions.as_ref().map(Vec::len)),
+            ("allowedClasses", self.allowed_classes.as_ref().map(Vec::len)),
+            ("degrade.models", self.degrade.as_ref().map(|degrade| degrade.models.len())),
+        ];
+        match lengths.into_iter().find(|(_, length)| length.is_some_and(|length| length > ENTRIES_MAX)) {
+            Some((field, _)) => Err(InvalidPolicy::TooLong { field }),
+            None => Ok(()),
+        }
+    }
+
+    /// Returns whether no rule is set.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Returns the rules that allow nothing at all, for people: they are valid, and may be mistakes.
+    pub fn prohibitions(&self) -> Vec<String> {
+        let zeros = [
+            ("requests_per_minute", self.requests_per_minute.map(u64::from)),
+            ("requests_per_day", self.requests_per_day),
+            ("tokens_per_minute", self.tokens_per_minute),
+            ("tokens_per_day", self.tokens_per_day),
+            ("concurrent_jobs", self.concurrent_jobs.map(u64::from)),
+        ];
+        let zeros = zeros.into_iter().filter(|(_, limit)| *limit == Some(0));
+        let empty = [
+            ("allowed_models", self.allowed_models.as_ref().is_some_and(Vec::is_empty)),
+            ("allowed_regions", self.allowed_regions.as_ref().is_some_and(Vec::is_empty)),
+            ("allowed_classes", self.allowed_classes.as_ref().is_some_and(Vec::is_empty)),
+        ];
+        let empty = empty.into_iter().filter(|(_, is_empty)| *is_empty);
+        let zeros = zeros.map(|(rule, _)| format!("{rule} is 0, so every request of the tenant is refused"));
+        zeros
+            .chain(empty.map(|(rule, _)| format!("{rule} is empty, so every request of the tenant is refused")))
+            .collect()
+    }
+}
+
+/// A tenant's policy to set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicySet {
+    /// Tenant that the policy is for.
+    pub tenant_id: TenantId,
+    /// The whole policy. Rules that it omits no longer apply.
+    pub policy: TenantPolicy,
+}
+
+/// A policy that was set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicySaved {
+    /// Tenant that the policy is for.
+    pub tenant_id: TenantId,
+    /// The policy that applies from now on.
+    pub policy: TenantPolicy,
+    /// What may be a mistake, for people.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// The policies of all tenants that have one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicyList {
+    /// The policies, ordered by tenant.
+    pub policies: Vec<TenantRules>,
+}
+
+/// A tenant and its policy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TenantRules {
+    /// Tenant that the policy is for.
+    pub tenant_id: TenantId,
+    /// The rules of the tenant.
+    pub policy: TenantPolicy,
+}
+
 /// How urgent a job is. Under pressure, urgent jobs run first.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -103,4 +240,45 @@ pub struct DegradePolicy {
     /// The most tokens of an answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_policy_that_an_operator_writes_has_no_unknown_rule() {
+        let policy =
+            TenantPolicy::parse(json!({ "tokensPerDay": 5, "degrade": { "models": ["m"] } })).expect("a policy");
+        assert_eq!(policy.tokens_per_day, Some(5));
+        assert_eq!(TenantPolicy::parse(json!({})), Ok(TenantPolicy::default()));
+        for (written, part) in [
+            (json!({ "tokenPerDay": 5 }), "\"tokenPerDay\" is not a rule"),
+            (json!({ "degrade": { "model": "m" } }), "\"model\" is not a rule"),
+            (json!({ "tokensPerDay": -5 }), "malformed"),
+            (json!({ "allowedModels": ["Not A Name"] }), "malformed"),
+            (json!([]), "malformed"),
+            (json!({ "weight": 0 }), "at least 1"),
+            (json!({ "degrade": { "maxTokens": 0 } }), "at least 1"),
+            (json!({ "allowedModels": vec!["m"; ENTRIES_MAX + 1] }), "more than 1000"),
+        ] {
+            let error = TenantPolicy::parse(written.clone()).expect_err("invalid").to_string();
+            assert!(error.contains(part), "{written}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_allows_nothing_is_said() {
+        let policy = TenantPolicy {
+            tokens_per_day: Some(0),
+            requests_per_minute: Some(1),
+            allowed_models: Some(vec![]),
+            ..TenantPolicy::default()
+        };
+        let said = policy.prohibitions();
+        assert!(said[0].contains("tokens_per_day is 0") && said[1].contains("allowed_models is empty"), "{said:?}");
+        assert_eq!(said.len(), 2);
+    }
 }

@@ -16,19 +16,20 @@ use protocol::control::{
     Enrolled, INVITE_CREATE, INVITE_REDEEM, InviteCreate, InviteCreated, InviteRedeem, MODEL_ADD, MODEL_KEEP,
     MODEL_OFFER, MODEL_REMOVE, ModelAdd, ModelKeep, ModelRemove, ModelRemoved, NODE_LIST, NODE_RENAME, NODE_REVOKE,
     NodeInfo, NodeList, NodeRename, NodeRenamed, NodeRevoke, NodeRevoked, NodeRole, OPERATOR_CATALOG_LIST,
-    OPERATOR_CHECK, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET,
-    POOL_STATE, PolicyRequest, PoolState, PoolStateRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenCreated,
-    TokenGrant, TokenList, TokenRevoke, TokenRevoked,
+    OPERATOR_CHECK, OPERATOR_POLICY_GET, OPERATOR_POLICY_LIST, OPERATOR_POLICY_SET, OPERATOR_TOKEN_CREATE,
+    OPERATOR_TOKEN_LIST, OPERATOR_TOKEN_REVOKE, OperatorRequest, POLICY_GET, POOL_STATE, PolicyRequest, PoolState,
+    PoolStateRequest, Scope, TOKEN_CHECK, TokenCheck, TokenCreate, TokenCreated, TokenGrant, TokenList, TokenRevoke,
+    TokenRevoked,
 };
 use protocol::membership::Certificate;
 use protocol::model::{AdapterEntry, AliasEntry, ModelEntry, ModelOffer};
-use protocol::policy::TenantPolicy;
+use protocol::policy::{PolicyList, PolicySaved, PolicySet, TenantPolicy};
 use protocol::{Clock, ErrorCode, PublicKey, Region, Topic, WireError};
 use rpc::server::STRANGER_BYTES_MAX;
 use rpc::{Access, ArtifactServer, Caller, Membership, Server, StreamCall, Transport, announce};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::adapters::{self, AdapterError};
 use crate::catalog::OfferError;
@@ -176,6 +177,9 @@ impl Registry {
             .unary(ALIAS_REMOVE, Access::Anyone, by_operator(Self::remove_alias))
             .unary(ADAPTER_ADD, Access::Anyone, by_operator(Self::add_adapter))
             .unary(ADAPTER_REMOVE, Access::Anyone, by_operator(Self::remove_adapter))
+            .unary(OPERATOR_POLICY_GET, Access::Anyone, by_operator(Self::show_policy))
+            .unary(OPERATOR_POLICY_SET, Access::Anyone, by_operator(Self::set_policy))
+            .unary(OPERATOR_POLICY_LIST, Access::Anyone, by_operator(Self::list_policies))
             .into_server()
     }
 
@@ -278,6 +282,20 @@ impl Registry {
         operation: ByOperator<AdapterRemove>,
     ) -> Result<AdapterRemoved, WireError> {
         Ok(adapters::remove(&*self.parts.store, operation.request).await.inspect_err(log_refusal)?)
+    }
+
+    async fn show_policy(self: Arc<Self>, operation: ByOperator<PolicyRequest>) -> Result<TenantPolicy, WireError> {
+        policies::of(&*self.parts.store, &operation.request.tenant_id).await.map_err(|error| unavailable(&error))
+    }
+
+    async fn set_policy(self: Arc<Self>, operation: ByOperator<PolicySet>) -> Result<PolicySaved, WireError> {
+        let saved = policies::set(&*self.parts.store, operation.request).await?;
+        info!(tenant_id = %saved.tenant_id, "an operator set a tenant's policy");
+        Ok(saved)
+    }
+
+    async fn list_policies(self: Arc<Self>, _: OperatorRequest) -> Result<PolicyList, WireError> {
+        policies::list(&*self.parts.store).await.map_err(|error| unavailable(&error))
     }
 
     async fn issue(&self, new: TokenCreate) -> Result<TokenCreated, WireError> {

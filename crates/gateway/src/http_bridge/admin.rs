@@ -7,6 +7,8 @@ pub(super) mod fleet;
 pub(super) mod jobs;
 pub(super) mod members;
 pub(super) mod models;
+pub(super) mod policies;
+pub(super) mod quotas;
 pub(super) mod tokens;
 
 use std::convert::Infallible;

@@ -19,12 +19,15 @@ use super::extract::{Bridge, Inquiry, context};
 use super::{GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, models, openapi};
 
 /// The response headers that pages of other origins may read.
-const EXPOSED: [&str; 16] = [
+const EXPOSED: [&str; 19] = [
     "x-request-id",
     "openai-processing-ms",
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",
+    "x-ratelimit-limit-tokens",
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-tokens",
     "retry-after",
     "retry-after-ms",
     "x-should-retry",
@@ -81,6 +84,9 @@ fn routes() -> OpenApiRouter<Bridge> {
         .routes(routes!(admin::members::create_invite))
         .routes(routes!(admin::tokens::list, admin::tokens::create))
         .routes(routes!(admin::tokens::revoke))
+        .routes(routes!(admin::policies::list))
+        .routes(routes!(admin::policies::get, admin::policies::set))
+        .routes(routes!(admin::quotas::list))
         .routes(routes!(admin::adapters::list, admin::adapters::add))
         .routes(routes!(admin::adapters::remove))
         .layer(middleware::from_fn(name_request));

@@ -25,3 +25,11 @@ pub(super) fn find(connection: &Connection, tenant_id: &TenantId) -> rusqlite::R
         .query_row((tenant_id.as_str(),), |row| row::json(row, "policy"))
         .optional()
 }
+
+/// Returns every tenant's policy.
+pub(super) fn list(connection: &Connection) -> rusqlite::Result<Vec<(TenantId, TenantPolicy)>> {
+    connection
+        .prepare_cached("SELECT tenant_id, policy FROM policies ORDER BY tenant_id")?
+        .query_map((), |row| Ok((row::parsed(row, "tenant_id")?, row::json(row, "policy")?)))?
+        .collect()
+}

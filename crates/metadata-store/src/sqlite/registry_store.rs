@@ -42,6 +42,10 @@ impl RegistryStore for SqliteStore {
         self.read(move |connection| policies::find(connection, &tenant_id)).await
     }
 
+    async fn policies(&self) -> Result<Vec<(TenantId, TenantPolicy)>, StoreError> {
+        self.read(policies::list).await
+    }
+
     async fn put_model(&self, entry: ModelEntry) -> Result<(), PutModelError> {
         self.write(move |connection| models::put(connection, &entry)).await?
     }

@@ -88,6 +88,9 @@ fn calls() -> BTreeMap<&'static str, (Who, Value)> {
         (ALIAS_REMOVE, by_operator(json!({ "alias": "b" }))),
         (ADAPTER_ADD, by_operator(adapter)),
         (ADAPTER_REMOVE, by_operator(json!({ "modelId": "m", "adapter": "a" }))),
+        (OPERATOR_POLICY_GET, by_operator(json!({ "tenantId": "acme" }))),
+        (OPERATOR_POLICY_SET, by_operator(json!({ "tenantId": "acme", "policy": { "tokensPerDay": 5 } }))),
+        (OPERATOR_POLICY_LIST, (Who::Operator, json!({}))),
     ])
 }
 

@@ -3,6 +3,7 @@
 mod membership;
 mod models;
 mod offers;
+mod policies;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

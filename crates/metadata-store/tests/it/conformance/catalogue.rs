@@ -47,7 +47,9 @@ pub(crate) async fn a_tenants_latest_rules_hold(subject: Registry) {
     store.put_policy(&tenant("other"), &TenantPolicy::default()).await.expect("is set");
     store.put_policy(&tenant("acme"), &TenantPolicy::default()).await.expect("is set");
     store.put_policy(&tenant("acme"), &strict).await.expect("is set");
-    assert_eq!(store.policy(&tenant("acme")).await, Ok(Some(strict)));
+    assert_eq!(store.policy(&tenant("acme")).await, Ok(Some(strict.clone())));
+    let all = vec![(tenant("acme"), strict), (tenant("other"), TenantPolicy::default())];
+    assert_eq!(store.policies().await, Ok(all));
     assert_eq!(store.policy(&tenant("other")).await, Ok(Some(TenantPolicy::default())));
 }
 
