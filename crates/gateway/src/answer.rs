@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use protocol::infer::{Embedding, FinishReason, Input, Origin, TokenLogprob, ToolCallDelta};
 use protocol::model::{ModelEntry, ModelKey};
+use protocol::quota::QuotaState;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, UnixMillis, WireError, codec};
 use rpc::{CallError, ResponseStream};
@@ -148,6 +149,8 @@ pub(crate) struct Begun {
     pub(crate) first: Option<Bytes>,
     /// Where the answer comes from, if it can be asked for again.
     pub(crate) origin: Option<Origin>,
+    /// The token limit of the tenant of which least is left, if it has one.
+    pub(crate) quota: Option<QuotaState>,
 }
 
 impl Begun {
@@ -167,6 +170,7 @@ pub struct Answer {
     check: Sequence,
     continued: u32,
     origin: Option<Origin>,
+    quota: Option<QuotaState>,
     /// The first piece, received before this value was created.
     first: Option<Piece>,
     record: RequestRecord,
@@ -190,7 +194,7 @@ impl Answer {
         if begun.is_repeat() {
             record.replays();
         }
-        let Begun { stream, first, origin } = begun;
+        let Begun { stream, first, origin, quota } = begun;
         let correlation_id = record.correlation_id;
         let mut answer = Self {
             correlation_id,
@@ -199,6 +203,7 @@ impl Answer {
             check: Sequence::new(correlation_id, expected),
             continued: 0,
             origin,
+            quota,
             first: None,
             record,
             tracker,
@@ -232,6 +237,11 @@ impl Answer {
     /// Returns where the answer comes from, if it can be asked for again.
     pub fn origin(&self) -> Option<Origin> {
         self.origin
+    }
+
+    /// Returns the token limit of the tenant of which least is left, if it has one.
+    pub fn quota(&self) -> Option<QuotaState> {
+        self.quota
     }
 
     /// Returns the next piece, or `None` after the last one or after an error.
@@ -392,6 +402,8 @@ pub(crate) struct ChunkHead {
     pub(crate) progress: Option<IgnoredAny>,
     #[serde(default)]
     pub(crate) origin: Option<Origin>,
+    #[serde(default)]
+    pub(crate) quota: Option<QuotaState>,
     #[serde(default)]
     pub(crate) model: Option<ModelKey>,
 }

@@ -12,6 +12,7 @@ use protocol::control::{
 use protocol::infer::{InferRequest, Input, ModelDigest};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
 use protocol::policy::ServiceClass;
+use protocol::quota::QuotaRule;
 use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, WireError};
 use rpc::rate_limit::{Quota, RateLimit, Verdict};
 use rpc::{Membership, Transport};
@@ -182,8 +183,14 @@ impl Gateway {
         let quota = quota(&self.inner.config, &grant);
         let rate = self.inner.rate_limit.take(grant.tenant_id.clone(), quota);
         if !rate.allowed {
-            let message = format!("more than {} requests a minute, wait before the next", rate.limit);
-            let error = WireError::new(ErrorCode::RateLimitExceeded, message).with_retry_after(rate.retry_after);
+            let error = if rate.limit == 0 {
+                let message = "the tenant's policy allows no requests per minute";
+                WireError::new(ErrorCode::InsufficientQuota, message)
+            } else {
+                let message = format!("more than {} requests a minute, wait before the next", rate.limit);
+                WireError::new(ErrorCode::RateLimitExceeded, message).with_retry_after(rate.retry_after)
+            };
+            let error = error.with_param(QuotaRule::RequestsPerMinute.as_str());
             return Err(Refusal { error, rate: Some(rate) });
         }
         let permit = self.inner.jobs.clone().try_acquire_owned().map_err(|_| Refusal {

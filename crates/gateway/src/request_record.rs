@@ -118,7 +118,7 @@ impl RequestRecord {
     pub(crate) fn failed(&mut self, code: ErrorCode) {
         self.outcome = code.as_str();
         match code {
-            ErrorCode::RateLimitExceeded => {
+            ErrorCode::RateLimitExceeded | ErrorCode::InsufficientQuota => {
                 self.metrics.throttled.inc();
             }
             ErrorCode::NoCapacity | ErrorCode::BreakerOpen | ErrorCode::ModelLoading | ErrorCode::Unavailable => {

@@ -251,15 +251,15 @@ impl Upstream {
     async fn begin(&self, peer: PublicKey, body: Bytes, options: StreamOptions) -> Result<Begun, CallError> {
         let mut stream = self.client.open_stream(peer, infer::SUBMIT, body, options).await?;
         stream.acknowledge_reads();
-        let mut origin = None;
+        let (mut origin, mut quota) = (None, None);
         loop {
             let first = stream.next().await.transpose()?;
             let head = first.as_deref().map(ChunkHead::read).unwrap_or_default();
             if head.progress.is_none() {
                 stream.lift_deadline();
-                return Ok(Begun { stream, first, origin });
+                return Ok(Begun { stream, first, origin, quota });
             }
-            origin = head.origin.or(origin);
+            (origin, quota) = (head.origin.or(origin), head.quota.or(quota));
         }
     }
 

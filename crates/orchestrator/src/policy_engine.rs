@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use protocol::model::ModelKey;
 use protocol::policy::TenantPolicy;
+use protocol::quota::QuotaRule;
 use protocol::{ErrorCode, TenantId, WireError};
 use quick_cache::unsync::Cache;
 use rpc::rate_limit::{Quota, RateLimit};
@@ -84,8 +85,13 @@ impl PolicyEngine {
         if verdict.allowed {
             return Ok(());
         }
-        let message = format!("the tenant may make {limit} requests a minute");
-        Err(WireError::new(ErrorCode::RateLimitExceeded, message).with_retry_after(verdict.retry_after))
+        let error = if limit == 0 {
+            WireError::new(ErrorCode::InsufficientQuota, "the tenant's policy allows no requests per minute")
+        } else {
+            let message = format!("the tenant may make {limit} requests a minute");
+            WireError::new(ErrorCode::RateLimitExceeded, message).with_retry_after(verdict.retry_after)
+        };
+        Err(error.with_param(QuotaRule::RequestsPerMinute.as_str()))
     }
 
     async fn refresh(&self, tenant_id: &TenantId) -> Result<(), WireError> {
@@ -208,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_changed_rule_applies_within_five_seconds() {
+    async fn a_changed_rule_applies_when_the_cached_one_is_old() {
         let (engine, source) = engine(TenantPolicy::default());
         admit(&engine, "m").await.expect("all is allowed");
         *source.0.lock() = Ok(TenantPolicy { allowed_models: Some(vec![]), ..TenantPolicy::default() });

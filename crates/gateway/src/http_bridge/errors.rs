@@ -6,7 +6,8 @@ use axum::body::Body;
 use axum::response::IntoResponse;
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
-use protocol::{CorrelationId, ErrorCode, WireError};
+use protocol::quota::QuotaState;
+use protocol::{CorrelationId, ErrorCode, UnixMillis, WireError};
 use rpc::rate_limit::{Quota, Verdict};
 use serde::Serialize;
 use utoipa::openapi::{self, ContentBuilder, Ref, RefOr, ResponseBuilder};
@@ -117,6 +118,16 @@ pub(super) fn add_rate(headers: &mut HeaderMap, rate: &Verdict) {
     set("x-ratelimit-limit-requests", HeaderValue::from(rate.limit));
     set("x-ratelimit-remaining-requests", HeaderValue::from(rate.remaining));
     set("x-ratelimit-reset-requests", text(&openai_duration(rate.reset.as_millis() as u64)));
+}
+
+/// Adds the state of the tenant's token limit, if the rule limits tokens.
+pub(super) fn add_token_quota(headers: &mut HeaderMap, quota: &QuotaState, now: UnixMillis) {
+    let (Some(limit), Some(left)) = (quota.limit.filter(|_| quota.rule.is_of_tokens()), quota.left()) else { return };
+    let reset = quota.resets_at.map(|end| end.since(now)).unwrap_or_default();
+    let mut set = |name: &'static str, value: HeaderValue| headers.insert(HeaderName::from_static(name), value);
+    set("x-ratelimit-limit-tokens", HeaderValue::from(limit));
+    set("x-ratelimit-remaining-tokens", HeaderValue::from(left));
+    set("x-ratelimit-reset-tokens", text(&openai_duration(reset.as_millis() as u64)));
 }
 
 /// Formats a duration as OpenAI does: `12ms`, `1s`, `6m0s`.

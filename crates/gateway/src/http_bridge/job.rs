@@ -5,6 +5,7 @@ use std::pin::Pin;
 use axum::body::Body;
 use axum::extract::Request;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, header};
+use protocol::quota::QuotaState;
 use protocol::{CorrelationId, ErrorCode, WireError};
 use rpc::rate_limit::Verdict;
 use tokio::time;
@@ -154,6 +155,7 @@ pub(super) struct AnswerFacts {
     is_replayed: bool,
     model: String,
     digest: String,
+    quota: Option<QuotaState>,
 }
 
 impl AnswerFacts {
@@ -161,7 +163,8 @@ impl AnswerFacts {
         let model = answer.model();
         let (attempt, continued) = (answer.attempt(), answer.continued());
         let is_replayed = answer.origin().is_some_and(|origin| origin.replayed);
-        Self { attempt, continued, is_replayed, model: model.key.to_string(), digest: model.digest.to_string() }
+        let (model, digest, quota) = (model.key.to_string(), model.digest.to_string(), answer.quota());
+        Self { attempt, continued, is_replayed, model, digest, quota }
     }
 }
 
@@ -192,6 +195,9 @@ impl ResponseHeaders {
             if answer.is_replayed {
                 headers.insert(HeaderName::from_static("idempotency-replayed"), HeaderValue::from_static("true"));
             }
+            if let Some(quota) = &answer.quota {
+                errors::add_token_quota(headers, quota, bridge.gateway.clock().now());
+            }
             headers.insert(HeaderName::from_static("x-tether-model"), text(&answer.model));
             headers.insert(HeaderName::from_static("x-tether-model-digest"), text(&answer.digest));
         }
@@ -201,6 +207,9 @@ impl ResponseHeaders {
     pub(super) fn failure(&self, bridge: &Bridge, error: &WireError) -> Response<Body> {
         let mut response = errors::failure(error);
         self.add(bridge, response.headers_mut(), None);
+        if let Some(quota) = error.quota.as_deref() {
+            errors::add_token_quota(response.headers_mut(), quota, bridge.gateway.clock().now());
+        }
         response
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use protocol::Clock as _;
 use protocol::control::{
     ByOperator, CATALOG_LIST, Catalog, Decision, Empty, ExplainRequest, FLEET_LIST, Fleet, FleetWorker, JOB_EXPLAIN,
     MODEL_REMOVE, ModelRemove, ModelRemoved, NodeInfo, NodeRole, OPERATOR_TOKEN_CREATE, OPERATOR_TOKEN_LIST,
@@ -20,11 +21,12 @@ use protocol::infer::{
 use protocol::jobs::{JOB_LIST, JOB_SHOW, JobInfo, JobPage, JobQuery, JobRef, JobStatus};
 use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
+use protocol::quota::{QuotaRefusal, QuotaRule, QuotaState, Window};
 use protocol::signature::NodeKey;
 use protocol::token::{ApiToken, RANDOM_BYTES, TokenKind};
 use protocol::usage::TokenUsage;
 use protocol::{Digest, ErrorCode, Region, Topic, UnixMillis, WireError, codec};
-use rpc::{Interrupted, Membership, MemoryNetwork, ResponseSink, Server, StreamCall};
+use rpc::{Interrupted, Membership, MemoryNetwork, ResponseSink, Server, StreamCall, SystemClock};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -48,6 +50,17 @@ pub(crate) struct Fake {
     pub(crate) cancelled: Arc<Notify>,
     /// Lets a job go on whose prompt is "held".
     pub(crate) release: Arc<Notify>,
+}
+
+/// A daily limit of 1,000 tokens of which 600 are left.
+fn quota() -> QuotaState {
+    QuotaState {
+        rule: QuotaRule::TokensPerDay,
+        limit: Some(1_000),
+        spent: 300,
+        reserved: 100,
+        resets_at: Some(Window::Day.end(SystemClock.now())),
+    }
 }
 
 /// Returns a well-formed token; 1 to 4 are known to the registry.
@@ -331,6 +344,11 @@ impl Fake {
             call.cancelled().await;
             return self.cancelled.notify_one();
         }
+        if prompt == "over quota" {
+            let state = QuotaState { spent: 990, ..quota() };
+            let refusal = QuotaRefusal { state, wanted: 200 };
+            return call.refuse(refusal.error(SystemClock.now())).await;
+        }
         if prompt == "vanish" {
             return;
         }
@@ -408,6 +426,14 @@ impl Fake {
                 let (progress, payload) = (Some(Progress::default()), Payload::default());
                 reply.send(&codec::encode(&InferChunk { progress, payload, origin, ..chunk(0, "") })).await?;
                 reply.send(&codec::encode(&chunk(0, "again"))).await?;
+                reply.send(&codec::encode(&last(1))).await?;
+            }
+            // Says first what is left of the tenant's tokens.
+            "quota" => {
+                let (progress, quota) = (Some(Progress::default()), Some(quota()));
+                let payload = Payload::default();
+                reply.send(&codec::encode(&InferChunk { progress, payload, quota, ..chunk(0, "") })).await?;
+                reply.send(&codec::encode(&chunk(0, "hi"))).await?;
                 reply.send(&codec::encode(&last(1))).await?;
             }
             // Sends progress once and then nothing, until the caller goes.

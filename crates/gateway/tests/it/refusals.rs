@@ -87,7 +87,7 @@ async fn a_tenant_over_its_rate_is_told_when_to_come_back() {
         assert_eq!(response.headers()["x-ratelimit-limit-requests"], "2");
         assert_eq!(response.headers()["x-ratelimit-remaining-requests"], left);
     }
-    let headers = expect_error(send().await, 429, "rate_limit_exceeded", None).await;
+    let headers = expect_error(send().await, 429, "rate_limit_exceeded", Some("requests_per_minute")).await;
     assert_eq!(headers["retry-after"], "30");
     let millis: u64 = headers["retry-after-ms"].to_str().expect("text").parse().expect("a number");
     assert!((29_000..=30_000).contains(&millis));
@@ -95,6 +95,32 @@ async fn a_tenant_over_its_rate_is_told_when_to_come_back() {
     assert!(headers["x-ratelimit-reset-requests"].to_str().expect("text").ends_with('s'));
     assert_eq!(network.chat("hi").await.status(), 200, "another tenant is not held up");
     assert!(network.metrics.encode().contains("tether_throttled_total 1"));
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_learn_what_is_left_of_their_tokens() {
+    let network = Network::start().await;
+    let headers = network.chat("quota").await.headers().clone();
+    assert_eq!(headers["x-ratelimit-limit-tokens"], "1000");
+    assert_eq!(headers["x-ratelimit-remaining-tokens"], "600");
+    assert!(headers["x-ratelimit-reset-tokens"].to_str().expect("text").ends_with('s'));
+    assert!(!network.chat("hi").await.headers().contains_key("x-ratelimit-limit-tokens"), "it has no such limit");
+
+    let refused = network.chat("over quota").await;
+    let headers = refused.headers().clone();
+    let body: serde_json::Value = refused.json().await.expect("JSON");
+    let error = &body["error"];
+    assert_eq!((&error["param"], &error["message"].is_string()), (&json!("tokens_per_day"), &true));
+    // Just before midnight the wait is short, and the client is asked to wait.
+    if headers.contains_key("retry-after") {
+        assert_eq!((&error["type"], &error["code"]), (&json!("rate_limit_error"), &json!("rate_limit_exceeded")));
+    } else {
+        assert_eq!((&error["type"], &error["code"]), (&json!("insufficient_quota"), &json!("insufficient_quota")));
+        assert_eq!(headers["x-should-retry"], "false");
+    }
+    // 100 of the 1,000 are reserved.
+    assert_eq!(headers["x-ratelimit-remaining-tokens"], "0");
     network.end().await;
 }
 
