@@ -16,6 +16,7 @@ pub mod decision_log;
 pub mod discovery_sub;
 pub mod dispatch;
 mod first_tokens;
+pub mod fair_queue;
 pub mod fleet;
 mod history_keeper;
 pub mod job;
