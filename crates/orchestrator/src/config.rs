@@ -36,6 +36,18 @@ pub struct Config {
     /// the first token. The first of the two to answer goes on; the other is cancelled and not billed. It counts
     /// against the retry budget.
     pub hedge: bool,
+    /// Number of jobs that may wait for a free slot. Beyond that, the newest jobs of the tenants with the most waiting
+    /// jobs for their weight are refused, batch jobs first. With 0 no job waits.
+    pub queue_max: usize,
+    /// Number of waiting jobs of one tenant.
+    pub tenant_queue_max: usize,
+    /// A job that would have to wait longer than so many seconds is refused at once, unless it is a batch job.
+    pub queue_wait_secs: u64,
+    /// Expected seconds of waiting from which a job is made cheaper, if its tenant's policy says how.
+    pub degrade_wait_secs: u64,
+    /// Maximum number of jobs beyond its slots that a worker gets while others wait. It gets them only if its jobs are
+    /// so short that its slots would be empty between two.
+    pub worker_backlog_max: u32,
     /// Seconds without a chunk after which an attempt has failed. A chunk that only has progress counts.
     pub stall_secs: u64,
     /// Seconds after which an attempt has failed if its worker only reports progress: no further token of the prompt is
@@ -93,6 +105,11 @@ impl Default for Config {
             attempts_max: 3,
             retry_budget_percent: 10,
             hedge: false,
+            queue_max: 1_024,
+            tenant_queue_max: 256,
+            queue_wait_secs: 60,
+            degrade_wait_secs: 10,
+            worker_backlog_max: 8,
             stall_secs: 120,
             token_stall_secs: 600,
             caller_stall_secs: 60,

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::infer::{FinishReason, InferChunk, Origin, Payload, Progress, START};
+use protocol::infer::{Degraded, FinishReason, InferChunk, Origin, Payload, Progress, START};
 use protocol::model::ModelKey;
 use protocol::quota::QuotaState;
 use protocol::usage::TokenUsage;
@@ -463,6 +463,7 @@ pub async fn attempt(
         }
     };
     journey.step(JobEvent::Acknowledge);
+    journey.acknowledged_at = Some(Instant::now());
     let mut first = None;
     loop {
         let end = tokio::select! {
@@ -627,8 +628,9 @@ async fn relay(
             let claimed = head.payload.usage;
             let usage = claimed.map_or_else(|| meter.delivered(), |claimed| meter.bounded(claimed));
             let finish_reason = head.payload.finish_reason;
-            let is_as_sent = claimed == Some(usage) && journey.continued == 0;
-            let amended = (!is_as_sent).then(|| amend(&bytes, usage, journey.continued));
+            let (continued, degraded) = (journey.continued, journey.degraded.as_ref());
+            let is_as_sent = claimed == Some(usage) && continued == 0 && degraded.is_none();
+            let amended = (!is_as_sent).then(|| amend(&bytes, usage, continued, degraded));
             let last_chunk = match amended {
                 None => bytes,
                 Some(Some(amended)) => amended,
@@ -643,6 +645,7 @@ async fn relay(
         if delivery.send_metered(&bytes, meter.delivered()).await.is_err() {
             return Relay::CallerGone;
         }
+        journey.charge(meter.delivered());
         journey.journal.record(head.payload.entry(), journey.request.input.echo);
     }
 }
@@ -662,14 +665,17 @@ impl Relayed {
     }
 }
 
-/// Writes into the last chunk what is billed, and how often the answer was continued. Returns `None` if chunk or
-/// payload is not an object: serde reads structs from arrays as well.
-fn amend(chunk: &Bytes, usage: TokenUsage, continued: u32) -> Option<Bytes> {
+/// Writes into the last chunk what is billed, how often the answer was continued, and how the job was made cheaper.
+/// Returns `None` if chunk or payload is not an object: serde reads structs from arrays as well.
+fn amend(chunk: &Bytes, usage: TokenUsage, continued: u32, degraded: Option<&Degraded>) -> Option<Bytes> {
     let mut chunk = codec::decode::<serde_json::Value>(chunk).ok()?;
     let payload = chunk.as_object_mut()?.get_mut("payload")?.as_object_mut()?;
     payload.insert("usage".to_owned(), serde_json::json!(usage));
     if continued > 0 {
         payload.insert("continued".to_owned(), continued.into());
+    }
+    if let Some(degraded) = degraded {
+        payload.insert("degraded".to_owned(), serde_json::json!(degraded));
     }
     Some(codec::encode(&chunk).into())
 }
@@ -695,7 +701,7 @@ mod tests {
 
     #[test]
     fn a_last_chunk_is_amended_if_it_is_an_object() {
-        let amend = |chunk: &'static str| amend(&Bytes::from_static(chunk.as_bytes()), TokenUsage::default(), 1);
+        let amend = |chunk: &'static str| amend(&Bytes::from_static(chunk.as_bytes()), TokenUsage::default(), 1, None);
         let amended = amend(r#"{"payload":{"text":"x"},"done":true}"#).expect("an object");
         assert!(std::str::from_utf8(&amended).is_ok_and(|chunk| chunk.contains(r#""continued":1"#)));
         for chunk in [r#"{"payload":[],"done":true}"#, r#"["id",0,{}]"#, "{}", ""] {

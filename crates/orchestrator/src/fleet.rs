@@ -1,6 +1,7 @@
 //! In-memory view of the live workers, from which the scheduler chooses.
 
 pub(crate) mod listing;
+mod pace;
 mod replicas;
 
 use std::collections::HashMap;
@@ -16,6 +17,7 @@ use protocol::{AdapterName, Digest, Region, WorkerId};
 use tokio::time::Instant;
 
 use crate::scheduler::{Candidate, Refusal};
+use pace::Pace;
 use replicas::{Replica, Replicas};
 
 /// What a report changed.
@@ -94,6 +96,8 @@ pub enum Continuation {
 pub struct Fleet {
     own_region: Region,
     near_regions: Vec<Region>,
+    /// The most jobs beyond its slots that a worker gets while others wait in the orchestrator.
+    backlog_max: u32,
     state: RwLock<State>,
 }
 
@@ -113,9 +117,13 @@ struct Worker {
     proximity: f32,
     slots: u32,
     capacity: u32,
-    reported_load: u32,
+    /// Jobs that other orchestrators have on it, as far as its last report shows.
+    others: u32,
     /// Jobs this orchestrator has reserved on it.
     reserved: AtomicU32,
+    /// The most that it had reserved since the last report.
+    reserved_most: AtomicU32,
+    pace: Pace,
     draining: bool,
     set_aside_until: Option<Instant>,
     ejected_until: Option<Instant>,
@@ -126,6 +134,13 @@ struct Worker {
 }
 
 impl Worker {
+    /// Returns how many jobs it has before further ones wait in the orchestrator. A worker without slots of its own has
+    /// as many as it may.
+    fn limit(&self, backlog_max: u32) -> u32 {
+        let limit = self.slots.saturating_add(self.pace.backlog(self.slots, backlog_max));
+        if self.slots == 0 { self.capacity } else { limit.min(self.capacity) }
+    }
+
     fn is_silent(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.last_seen) >= EXPIRY
     }
@@ -139,7 +154,13 @@ impl Worker {
 impl Fleet {
     /// Makes an empty fleet as seen from a region.
     pub fn new(own_region: Region, near_regions: Vec<Region>) -> Self {
-        Self { own_region, near_regions, state: RwLock::default() }
+        Self { own_region, near_regions, backlog_max: 0, state: RwLock::default() }
+    }
+
+    /// Lets workers with short jobs have up to so many more than their slots.
+    #[must_use]
+    pub fn with_backlog(self, backlog_max: u32) -> Self {
+        Self { backlog_max, ..self }
     }
 
     /// Applies an accepted report.
@@ -188,13 +209,19 @@ impl Fleet {
             (Some(_), None) => Change::Restarted,
             (Some(_), Some(_)) => Change::None,
         };
+        let reserved = before.as_ref().map_or(0, |before| before.reserved.load(Ordering::Relaxed));
+        let own = before.as_ref().map_or(0, |before| before.reserved_most.load(Ordering::Relaxed)).max(reserved);
+        let reported = report.capacity.running.saturating_add(report.capacity.waiting);
         state.workers[index] = Some(Worker {
             worker_id: report.worker_id,
             proximity,
             slots: report.capacity.slots.min(SLOTS_MAX),
             capacity: report.capacity.total().min(CAPACITY_MAX),
-            reported_load: report.capacity.running.saturating_add(report.capacity.waiting),
-            reserved: AtomicU32::new(before.as_ref().map_or(0, |before| before.reserved.load(Ordering::Relaxed))),
+            // The report may be older than the ends of jobs that it counts.
+            others: reported.saturating_sub(own),
+            reserved: AtomicU32::new(reserved),
+            reserved_most: AtomicU32::new(reserved),
+            pace: same_start.map(|before| before.pace.clone()).unwrap_or_default(),
             draining: report.draining,
             // Unlike the next one, this outlives a restart: a worker must not shed its record by restarting.
             ejected_until,
@@ -281,7 +308,8 @@ impl Fleet {
             return;
         };
         if more {
-            worker.reserved.fetch_add(1, Ordering::Relaxed);
+            let before = worker.reserved.fetch_add(1, Ordering::Relaxed);
+            worker.reserved_most.fetch_max(before.saturating_add(1), Ordering::Relaxed);
         } else {
             // Never below zero: the worker may have been removed and found again meanwhile.
             let less = |count: u32| count.checked_sub(1);
@@ -298,7 +326,16 @@ impl Fleet {
     ) -> T {
         let state = self.read();
         let sources: Vec<Source<'_>> = wanted.iter().map(|wanted| state.source(*wanted, now)).collect();
-        decide(CandidateIter { workers: &state.workers, sources: &sources, build: 0, replicas: [].iter(), now }.begin())
+        let (workers, backlog_max) = (&state.workers[..], self.backlog_max);
+        decide(CandidateIter { workers, sources: &sources, build: 0, replicas: [].iter(), backlog_max, now }.begin())
+    }
+
+    /// Records how long a worker took for a job, and how long its slot was empty before and after.
+    pub fn note_pace(&self, worker_id: WorkerId, busy: Duration, between: Duration) {
+        let state = self.read();
+        if let Some(worker) = state.by_id.get(&worker_id).and_then(|index| state.workers[*index].as_ref()) {
+            worker.pace.record(busy, between);
+        }
     }
 
     /// Returns the server that runs a model for a worker, if the worker reported one.
@@ -516,6 +553,7 @@ pub struct CandidateIter<'a> {
     build: usize,
     /// Remaining replicas of the current source.
     replicas: std::slice::Iter<'a, Replica>,
+    backlog_max: u32,
     now: Instant,
 }
 
@@ -570,8 +608,8 @@ impl<'a> CandidateIter<'a> {
                 proximity: worker.proximity,
                 slots: worker.slots,
                 capacity: worker.capacity,
-                // The reported load is up to 5 s old, but only it includes the jobs of other orchestrators.
-                load: worker.reported_load.max(worker.reserved.load(Ordering::Relaxed)),
+                limit: worker.limit(self.backlog_max),
+                load: worker.others.saturating_add(worker.reserved.load(Ordering::Relaxed)),
                 warm_share: source.warm.get(&replica.worker).copied().unwrap_or_default(),
                 tokens_per_second: replica.tokens_per_second,
                 barred,

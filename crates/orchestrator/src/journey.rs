@@ -4,14 +4,14 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use protocol::control::{AttemptDecision, Decision};
-use protocol::infer::InferRequest;
+use protocol::control::{AttemptDecision, Decision, QueueWait};
+use protocol::infer::{Degraded, InferRequest, Input};
 use protocol::jobs::AttemptRecord;
 use protocol::model::{ALTERNATIVES_MAX, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::prefix::PrefixChain;
 use protocol::usage::TokenUsage;
-use protocol::{Digest, UnixMillis, WireError, WorkerId, codec};
+use protocol::{AdapterName, Digest, UnixMillis, WireError, WorkerId, codec};
 use tokio::time::Instant;
 use tracing::error;
 
@@ -21,6 +21,7 @@ use crate::dead_letters;
 use crate::dispatch::{AttemptEnd, Fault};
 use crate::fleet::{Continuation, Wanted};
 use crate::job::{JobEvent, JobState};
+use crate::job_gate::{Group, Share, Turn};
 use crate::journal::Journal;
 use crate::quotas::JobPermit;
 use crate::reservation_manager::Reservation;
@@ -99,6 +100,25 @@ pub struct Journey {
     pub continued: u32,
     /// When the answer was interrupted, until another worker continues it.
     interrupted_at: Option<Instant>,
+    /// The rules of its tenant.
+    pub(crate) policy: Arc<TenantPolicy>,
+    /// Estimated tokens of its prompt.
+    pub(crate) prompt_tokens: u32,
+    /// Whether the workers that could run it had no room when it was last placed.
+    pub(crate) is_busy: bool,
+    /// Its turn to look for a worker, if it waited for one.
+    pub(crate) turn: Option<Turn>,
+    /// What its tenant's share is charged, if it waited.
+    pub(crate) share: Option<Share>,
+    /// How long it waited for a free slot.
+    pub(crate) waited: Duration,
+    /// How it was made cheaper, and the adapter and the limit of tokens that its caller asked for.
+    pub(crate) degraded: Option<Degraded>,
+    asked: (Option<AdapterName>, Option<u32>),
+    /// Why the queue refused it.
+    pub(crate) shed: Option<&'static str>,
+    /// When its worker took the current attempt.
+    pub(crate) acknowledged_at: Option<Instant>,
     /// Its reservation on a worker.
     pub reservation: Option<Reservation>,
     /// The breaker's decision about the current attempt.
@@ -167,6 +187,16 @@ impl Journey {
             had: 0,
             continued: 0,
             interrupted_at: None,
+            policy: Arc::default(),
+            prompt_tokens: 0,
+            is_busy: false,
+            turn: None,
+            share: None,
+            waited: Duration::ZERO,
+            degraded: None,
+            asked: (request.input.adapter.clone(), request.input.max_tokens),
+            shed: None,
+            acknowledged_at: None,
             reservation: None,
             admission: None,
             verdicts: vec![],
@@ -327,6 +357,41 @@ impl Journey {
         wanted.collect()
     }
 
+    /// Returns which workers may run it.
+    pub(crate) fn group(&self) -> Group {
+        let wanted = self.wanted();
+        let models = wanted.iter().map(|wanted| (wanted.model.clone(), wanted.digest)).collect();
+        Group { models, adapter: self.request.input.adapter.clone() }
+    }
+
+    /// Makes it cheaper.
+    pub(crate) fn degrade(&mut self, degraded: Degraded) {
+        let input = &mut self.request.input;
+        if degraded.model.is_some() {
+            // Adapters belong to a model.
+            input.adapter = None;
+        }
+        if let Some(adapter) = &degraded.adapter {
+            input.adapter = Some(adapter.clone());
+        }
+        if let Some(tokens) = degraded.max_tokens {
+            input.max_tokens = Some(tokens);
+        }
+        if let Some(model) = &degraded.model {
+            self.builds = vec![Build::new(model.clone(), &self.request)];
+            (self.tried, self.barred) = (vec![], vec![]);
+            self.choose(0);
+        }
+        self.degraded = Some(degraded);
+    }
+
+    /// Charges its tenant's share for what was delivered so far.
+    pub(crate) fn charge(&mut self, usage: TokenUsage) {
+        if let Some(share) = &mut self.share {
+            share.charge(usage);
+        }
+    }
+
     /// Returns what a worker must be able to continue.
     fn continuation(&self) -> Option<Continuation> {
         self.request.delivered.as_ref()?;
@@ -363,7 +428,10 @@ impl Journey {
     /// Returns a digest of the tenant, the requested model and the input. It is the same when a client repeats the
     /// request.
     pub fn content(&self) -> Digest {
-        content_of(&self.requested, &self.request)
+        match self.degraded {
+            Some(_) => content_of(&self.requested, &self.original()),
+            None => content_of(&self.requested, &self.request),
+        }
     }
 
     /// Records a placement as a new attempt. While a job waits for a worker, only the latest placement is kept.
@@ -450,7 +518,9 @@ impl Journey {
 
     /// Returns the request as its caller made it, so that it can run again.
     pub fn original(&self) -> InferRequest {
+        let (adapter, max_tokens) = self.asked.clone();
         InferRequest {
+            input: Input { adapter, max_tokens, ..self.request.input.clone() },
             model_id: self.requested.model_id.clone(),
             version: self.requested.version,
             alternatives: self.alternatives.clone(),
@@ -482,7 +552,14 @@ impl Journey {
         // A second worker follows the attempt beside which it ran.
         let mut attempts = [self.attempts, self.hedges].concat();
         attempts.sort_by_key(|attempt| attempt.attempt);
+        let has_waited = !self.waited.is_zero() || self.shed.is_some();
         Decision {
+            wait: has_waited.then(|| QueueWait {
+                class: self.request.class,
+                waited_ms: self.waited.as_millis() as u64,
+                shed: self.shed.map(ToOwned::to_owned),
+            }),
+            degraded: self.degraded,
             correlation_id: self.request.correlation_id,
             tenant_id: self.request.tenant_id,
             attempts,

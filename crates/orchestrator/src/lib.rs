@@ -1,7 +1,7 @@
 //! Finds a worker for each job and follows the job until it is settled. Start reading at [`Orchestrator::submit`].
 //!
 //! Decisions are pure functions of the state and the current time ([`scheduler`], [`circuit_breaker`],
-//! [`retry_manager`], [`retry_budget`], [`job`], `journal`); only [`orchestrator`], [`dispatch`] and
+//! [`retry_manager`], [`retry_budget`], [`fair_queue`], [`job`], `journal`); only [`orchestrator`], [`dispatch`] and
 //! [`reservation_manager`] act.
 
 mod advance;
@@ -20,6 +20,7 @@ pub mod fair_queue;
 pub mod fleet;
 mod history_keeper;
 pub mod job;
+mod job_gate;
 mod journal;
 pub mod journey;
 pub mod metrics;

@@ -5,6 +5,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 /// Labels of a circuit breaker.
@@ -26,6 +27,22 @@ pub struct HedgeLabel {
     pub outcome: &'static str,
 }
 
+/// Labels of waiting jobs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct WaitingLabel {
+    pub model: String,
+    pub class: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ClassLabel {
+    pub class: &'static str,
+}
+
+/// Bucket bounds of the time in the queue, in seconds.
+const QUEUE_WAIT_BUCKETS: [f64; 14] =
+    [0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0];
+
 /// Metrics of an orchestrator. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Metrics {
@@ -36,6 +53,9 @@ pub struct Metrics {
     pub retries_exhausted: Counter,
     pub failovers: Family<PhaseLabel, Counter>,
     pub hedges: Family<HedgeLabel, Counter>,
+    pub waiting: Family<WaitingLabel, Gauge>,
+    pub queue_wait: Family<ClassLabel, Histogram>,
+    pub degraded: Family<ReasonLabel, Counter>,
     pub reservations_active: Gauge,
     pub dead_letters: Gauge,
     pub dead_letters_unsent: Gauge,
@@ -48,6 +68,7 @@ impl Metrics {
     /// Creates the metrics and registers them. `shed` is registered already, because gateways count it too.
     #[rustfmt::skip] // One line per metric.
     pub fn register(registry: &mut Registry, shed: Shed) -> Self {
+        let queue_wait = Family::new_with_constructor((|| Histogram::new(QUEUE_WAIT_BUCKETS)) as fn() -> Histogram);
         Self {
             shed,
             breaker_state: register(registry, "tether_breaker_state", "0 closed, 1 open, 2 half-open", Family::default()),
@@ -56,6 +77,9 @@ impl Metrics {
             retries_exhausted: register(registry, "tether_retries_exhausted", "Jobs whose attempts were exhausted", Counter::default()),
             failovers: register(registry, "tether_failovers", "Jobs that went to another worker", Family::default()),
             hedges: register(registry, "tether_hedges", "Second workers of jobs whose first was silent", Family::default()),
+            waiting: register(registry, "tether_requests_waiting", "Jobs that wait for a free slot", Family::default()),
+            queue_wait: register(registry, "tether_queue_wait_seconds", "Seconds that jobs waited for a free slot", queue_wait),
+            degraded: register(registry, "tether_degraded", "Jobs that were made cheaper by their tenant's policy", Family::default()),
             reservations_active: register(registry, "tether_reservations_active", "Reservations held", Gauge::default()),
             dead_letters: register(registry, "tether_dlq_depth", "Dead letters kept", Gauge::default()),
             dead_letters_unsent: register(registry, "tether_dlq_unsent", "Dead letters that Redis does not have yet", Gauge::default()),

@@ -10,6 +10,7 @@ use protocol::jobs::{
     AttemptRecord, DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, DeadLetterRef, DeadLettersPurged,
     JobInfo, JobPage, JobQuery, JobRef, JobStatus, JobsCancelled,
 };
+use protocol::queue::{QUEUE_PAGE_MAX, QueuePage, QueueQuery};
 use protocol::{CorrelationId, ErrorCode, WireError};
 use rpc::Caller;
 use tokio::time;
@@ -54,6 +55,15 @@ impl Orchestrator {
         decision.job = job.map(Box::new);
         decision.weights = Some((&self.config.weights).into());
         Ok(decision)
+    }
+
+    pub(crate) async fn list_queue(
+        self: Arc<Self>,
+        _: Caller,
+        operation: ByOperator<QueueQuery>,
+    ) -> Result<QueuePage, WireError> {
+        self.operators.check(&operation.token).await?;
+        Ok(self.gate.list(operation.request.limit.min(QUEUE_PAGE_MAX) as usize))
     }
 
     /// Cancels the running jobs of a request, and waits until they are settled, but not long.

@@ -2,6 +2,7 @@
 
 mod hedging;
 mod repeats;
+mod waiting;
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::ControlFlow;
@@ -24,6 +25,7 @@ use protocol::jobs::{
 use protocol::membership::Exclusion;
 use protocol::model::ModelKey;
 use protocol::presence::Rejection;
+use protocol::queue::QUEUE_LIST;
 use protocol::quota::QUOTA_LIST;
 use protocol::signature::Signed;
 use protocol::{Clock, Digest, ErrorCode, PublicKey, Region, TenantId, Topic, WireError, WorkerId, codec};
@@ -49,10 +51,12 @@ use crate::discovery_sub::DiscoverySub;
 use crate::discovery_sub::search::Search;
 use crate::dispatch::hedge::Hedging;
 use crate::dispatch::{self, AttemptEnd, Delivery, Fault};
+use crate::fair_queue::Limits;
 use crate::first_tokens::FirstTokens;
 use crate::fleet::{Change, Fleet, Wanted, listing};
 use crate::history_keeper::HistoryKeeper;
 use crate::job::JobEvent;
+use crate::job_gate::JobGate;
 use crate::journey::{Journey, Verdict};
 use crate::metrics::{BreakerLabel, Metrics, PhaseLabel};
 use crate::operator_check::OperatorCheck;
@@ -107,6 +111,7 @@ pub struct Orchestrator {
     pub(crate) policies: PolicyEngine,
     pub(crate) quotas: Quotas,
     breakers: Mutex<HashMap<ModelKey, CircuitBreaker>>,
+    pub(crate) gate: Arc<JobGate>,
     pub(crate) store: Arc<dyn JobStore>,
     pub(crate) reservations: Arc<ReservationManager>,
     pub(crate) decisions: DecisionLog,
@@ -127,13 +132,16 @@ pub struct Orchestrator {
 }
 
 impl Orchestrator {
-    /// Runs one job to its end: policy → fleet, score → breaker → reserve → dispatch, relay → finalise.
+    /// Runs one job to its end: policy → queue → fleet, score → breaker → reserve → dispatch, relay → finalise.
     ///
     /// A job begins anew on another worker until the first chunk of its answer is sent. An answer that the caller has
     /// begun to receive is never restarted: another worker continues it after the tokens that were delivered. A
     /// reserved job is settled exactly once, and its last chunk is sent only after that.
     pub async fn submit(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
         let policy = self.policies.admit(&journey.request.tenant_id, journey.models()).await?;
+        if !policy.allows_class(journey.request.class) {
+            return Err(refusals::class_not_allowed(journey.request.class));
+        }
         journey.keep_models(|model| policy.allows(&model.model_id));
         self.check_residency(&policy)?;
         journey.permit = Some(self.quotas.admit(&journey.request.tenant_id, &policy).await?);
@@ -144,11 +152,13 @@ impl Orchestrator {
         }
         let end = loop {
             let end = self.attempt(&mut journey, delivery).await.unwrap_or_else(AttemptEnd::refused);
+            journey.turn = None;
             journey.ended(&end, self.reservations.now());
             self.judge(&mut journey, &end);
             if let ControlFlow::Break(end) = self.after(&mut journey, end, delivery).await {
                 break end;
             }
+            self.gate.poke();
         };
         self.tell_breakers(&mut journey, &end);
         self.finalise(journey, end, delivery).await
@@ -157,7 +167,7 @@ impl Orchestrator {
     /// Makes one attempt, on the worker with the best score.
     async fn attempt(&self, journey: &mut Journey, delivery: &mut Delivery) -> Result<AttemptEnd, WireError> {
         journey.is_dispatched = false;
-        let worker = self.find_worker(journey, delivery).await?;
+        let worker = self.find_slot(journey, delivery).await?;
         journey.attempt_began = Instant::now();
         self.pass_breaker(journey)?;
         self.reserve(journey, &worker, delivery).await?;
@@ -204,15 +214,21 @@ impl Orchestrator {
         let own = journey.reservation.as_ref().map(|reservation| reservation.worker_id);
         let without_own = |candidate: Candidate| {
             let held = u32::from(Some(candidate.worker_id) == own);
-            Candidate { load: candidate.load.saturating_sub(held), ..candidate }
+            // A job that has a reservation never waits behind others.
+            let limit = if own.is_some() { candidate.capacity } else { candidate.limit };
+            Candidate { load: candidate.load.saturating_sub(held), limit, ..candidate }
         };
-        let placement = self.fleet.with_candidates(&wanted, Instant::now(), |candidates| {
+        let mut placement = self.fleet.with_candidates(&wanted, Instant::now(), |candidates| {
             scheduler::place(candidates.map(without_own).filter(may_run), &barred, &self.config.weights, table)
         });
+        if placement.may_wait_for_file && own.is_none() && journey.turn.is_none() {
+            (placement.chosen, placement.is_busy) = (None, true);
+        }
         let worker = placement.chosen.ok_or_else(|| self.nobody(journey, &wanted, &placement));
         if let Ok(worker) = &worker {
             journey.choose(worker.build);
         }
+        journey.is_busy = placement.is_busy;
         journey.record(placement);
         worker
     }
@@ -276,9 +292,13 @@ impl Orchestrator {
             reservation.reassign(model, worker.worker_id, worker.capacity, history).await?;
         } else {
             let claim = self.claim(journey, worker.worker_id);
+            let counted = self.reservations.count(worker.worker_id);
+            if let Some(turn) = journey.turn.take() {
+                journey.share = turn.taken();
+            }
             let reserved = self
                 .reservations
-                .reserve(&journey.request, journey.fingerprint, worker.worker_id, worker.capacity, claim)
+                .reserve(&journey.request, journey.fingerprint, counted, worker.capacity, claim)
                 .await?;
             journey.reservation = Some(reserved);
             self.tell_quota(journey, delivery).await;
@@ -288,6 +308,7 @@ impl Orchestrator {
     }
 
     async fn dispatch(&self, journey: &mut Journey, delivery: &mut Delivery) -> Result<AttemptEnd, WireError> {
+        journey.acknowledged_at = None;
         let Some(reservation) = &journey.reservation else {
             return Err(WireError::new(ErrorCode::InternalError, "a job was to be sent without a reservation"));
         };
@@ -479,8 +500,12 @@ impl Orchestrator {
         if let Some(error) = &error
             && matches!(error.code, ErrorCode::NoCapacity | ErrorCode::ModelLoading)
         {
-            self.metrics.shed.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
+            let reason = journey.shed.unwrap_or(error.code.as_str());
+            self.metrics.shed.get_or_create(&ReasonLabel { reason }).inc();
         }
+        journey.charge(usage);
+        journey.share = None;
+        let ended = Instant::now();
         let settled = match journey.reservation.take() {
             Some(reservation) => {
                 if let AttemptEnd::Complete { last_chunk, .. } = &end {
@@ -490,6 +515,10 @@ impl Orchestrator {
             }
             None => Ok(Finalised::Settled),
         };
+        self.gate.poke();
+        if let AttemptEnd::Complete { .. } = &end {
+            self.note_completed(&journey, usage, ended);
+        }
         info!(
             correlation_id = %journey.request.correlation_id,
             model = %journey.model(),
@@ -666,9 +695,11 @@ impl Orchestrator {
         let fingerprint = request.fingerprint.unwrap_or_else(|| Digest::of(&call.body)).0;
         let deadline = call.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(self.config.deadline_secs));
         let stall = Duration::from_secs(self.config.caller_stall_secs);
+        let prompt_tokens = waiting::prompt_tokens(call.body.len());
         let mut delivery = Delivery::new(call, stall, request.acknowledges);
         let repeatable = Repeatable::of(&request);
-        let journey = Journey::new(request, fingerprint, deadline);
+        let mut journey = Journey::new(request, fingerprint, deadline);
+        journey.prompt_tokens = prompt_tokens;
         if let Some(repeatable) = repeatable {
             return Box::pin(self.take_repeatable(repeatable, journey, delivery)).await;
         }
@@ -688,6 +719,7 @@ impl Orchestrator {
                 if matches!(change, Change::Found | Change::Restarted) {
                     self.search.greet(remote_key);
                 }
+                self.gate.poke();
                 Ok(Empty {})
             }
             Err(rejection) => {
@@ -707,7 +739,10 @@ impl Orchestrator {
         let client = Client::connecting_within(transport.clone(), connect_within).with_membership(membership.clone());
         let topic = Topic::Control(region.clone());
         let (directory, directory_task) = Directory::new(transport.clone(), client.clone(), topic.clone());
-        let fleet = Arc::new(Fleet::new(region.clone(), config.near_regions.clone()));
+        let fleet = Fleet::new(region.clone(), config.near_regions.clone()).with_backlog(config.worker_backlog_max);
+        let fleet = Arc::new(fleet);
+        let limits = Limits { jobs_max: config.queue_max, tenant_jobs_max: config.tenant_queue_max };
+        let gate = Arc::new(JobGate::new(fleet.clone(), metrics.clone(), limits));
         let mut regions = vec![region.clone()];
         regions.extend(config.near_regions.iter().cloned());
         let marks = store.high_waters().await?;
@@ -747,6 +782,7 @@ impl Orchestrator {
             crashes: Mutex::new(CrashRecord::new(Duration::from_secs(config.crashes_kept_secs))),
             reservations: Arc::new(reservations),
             breakers: Mutex::default(),
+            gate,
             region: region.clone(),
             metrics,
             fleet,
@@ -851,6 +887,7 @@ impl Orchestrator {
             .unary(QUOTA_LIST, gateway(), Self::list_quotas)
             // These check the operator's token as well.
             .unary(JOB_CANCEL, gateway(), Self::cancel_jobs)
+            .unary(QUEUE_LIST, gateway(), Self::list_queue)
             .unary(DEAD_LETTER_LIST, gateway(), Self::list_dead_letters)
             .unary(DEAD_LETTER_SHOW, gateway(), Self::show_dead_letter)
             .unary(DEAD_LETTER_RELEASE, gateway(), Self::release_dead_letter)

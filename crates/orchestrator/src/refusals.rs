@@ -6,6 +6,7 @@ use metadata_store::{DurableState, JobRecord, TerminalState};
 use protocol::error_code::LoadingModel;
 use protocol::health::LoadProgress;
 use protocol::model::ModelKey;
+use protocol::policy::ServiceClass;
 use protocol::{AdapterName, Digest, ErrorCode, Region, WireError, WorkerId};
 
 use crate::scheduler::{Placement, Refusal};
@@ -43,6 +44,17 @@ pub(crate) fn residency(allowed: &[Region]) -> WireError {
         if names.is_empty() { "no region".to_owned() } else { names.join(", ") }
     );
     WireError::new(ErrorCode::ResidencyMismatch, message)
+}
+
+/// The error of a job that may not wait for a free slot, or that has to leave the queue for another.
+pub(crate) fn queue_full(message: &str, retry_after: Duration) -> WireError {
+    WireError::new(ErrorCode::NoCapacity, message).with_retry_after(retry_after)
+}
+
+/// The error of a job whose class its tenant may not ask for.
+pub(crate) fn class_not_allowed(class: ServiceClass) -> WireError {
+    let message = format!("the tenant's policy does not allow the class {}", class.as_str());
+    WireError::new(ErrorCode::ClassNotAllowed, message).with_param("service_tier")
 }
 
 /// The error of a job whose model is loading: its progress, and when to try again.

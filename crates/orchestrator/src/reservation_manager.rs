@@ -84,7 +84,7 @@ pub struct Reservation {
 
 /// Counts a job on a worker until dropped. Counting starts when the worker is chosen, before the reservation is
 /// written, so that jobs placed meanwhile see it. Otherwise a burst would go to one worker.
-struct Counted {
+pub struct Counted {
     fleet: Arc<Fleet>,
     worker_id: WorkerId,
 }
@@ -203,16 +203,22 @@ impl ReservationManager {
         Self { store, clock, fleet, metrics, region, lease, held: Mutex::default() }
     }
 
-    /// Writes a job and its reservation. A job that is known is refused, because it must not run again.
+    /// Counts a job towards a worker's load.
+    pub fn count(&self, worker_id: WorkerId) -> Counted {
+        Counted::on(&self.fleet, worker_id)
+    }
+
+    /// Writes a job and its reservation on the worker where it is counted. A job that is known is refused, because it
+    /// must not run again.
     pub async fn reserve(
         self: &Arc<Self>,
         request: &InferRequest,
         fingerprint: [u8; 32],
-        worker_id: WorkerId,
+        counted: Counted,
         worker_capacity: u32,
         claim: Claim,
     ) -> Result<Reservation, WireError> {
-        self.write(request, fingerprint, worker_id, worker_capacity, (1, Stop::default(), claim)).await
+        self.write(request, fingerprint, counted, worker_capacity, (1, Stop::default(), claim)).await
     }
 
     /// Writes a reservation of a second worker for a job that has one. `request` names a job of its own, which is
@@ -227,18 +233,18 @@ impl ReservationManager {
         let fingerprint = hedge_fingerprint();
         // The job itself has reserved what may be billed.
         let written = (request.attempt, stop, Claim::default());
-        self.write(request, fingerprint, worker_id, worker_capacity, written).await
+        self.write(request, fingerprint, self.count(worker_id), worker_capacity, written).await
     }
 
     async fn write(
         self: &Arc<Self>,
         request: &InferRequest,
         fingerprint: [u8; 32],
-        worker_id: WorkerId,
+        counted: Counted,
         worker_capacity: u32,
         (attempt, stop, claim): (u32, Stop, Claim),
     ) -> Result<Reservation, WireError> {
-        let counted = Counted::on(&self.fleet, worker_id);
+        let worker_id = counted.worker_id;
         let now = self.clock.now();
         let key = key_of(request);
         let job = NewJob {

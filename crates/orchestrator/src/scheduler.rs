@@ -33,6 +33,8 @@ pub struct Candidate {
     pub slots: u32,
     /// Jobs it may hold, running and waiting.
     pub capacity: u32,
+    /// Jobs it holds before further ones wait in the orchestrator: its slots, and more if its jobs are short.
+    pub limit: u32,
     /// Jobs it holds, as far as known.
     pub load: u32,
     /// Share of the prompt in its prefix cache, 0 to 1.
@@ -48,6 +50,8 @@ pub struct Candidate {
 pub enum Refusal {
     /// It holds as many jobs as it may.
     Full,
+    /// All its slots are taken. Jobs wait for one in the orchestrator.
+    Busy,
     /// It accepts no new jobs.
     Draining,
     /// It did not acknowledge a recent job. It is chosen only if no other worker can be, and none is merely full.
@@ -80,6 +84,7 @@ impl Refusal {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Full => "full",
+            Self::Busy => "busy",
             Self::Draining => "draining",
             Self::SetAside => "set_aside",
             Self::Ejected => "ejected",
@@ -105,6 +110,69 @@ pub struct Placement {
     pub candidates: Vec<CandidateScore>,
     /// Workers that cannot be chosen.
     pub refused: Vec<RefusedWorker>,
+    /// Whether a worker could run the job, but none has room, so that the job may wait.
+    pub is_busy: bool,
+    /// Whether the chosen worker must fetch the model's file, while one that has it merely has no free slot.
+    pub may_wait_for_file: bool,
+}
+
+/// The room of the workers that may run a job.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Supply {
+    /// Whether a worker may run it at all, now or once it has room.
+    pub exists: bool,
+    /// Free slots of workers that have the model's file.
+    free: u32,
+    /// Free slots of those that must fetch it.
+    to_fetch: u32,
+    /// Jobs that may wait before another worker fetches the file.
+    patient: u32,
+}
+
+impl Supply {
+    /// Adds the room of a worker.
+    fn add(&mut self, candidate: &Candidate) {
+        let free = candidate.limit.min(candidate.capacity).saturating_sub(candidate.load);
+        self.exists = true;
+        if candidate.has_file {
+            self.free += free;
+            self.patient += candidate.capacity.saturating_sub(candidate.limit);
+        } else {
+            self.to_fetch += free;
+        }
+    }
+
+    /// Returns how many jobs may start, if so many wait.
+    pub fn room(&self, waiting: usize) -> u32 {
+        if self.free == 0 && waiting as u64 > u64::from(self.patient) { self.to_fetch } else { self.free }
+    }
+}
+
+/// Returns the room of the workers that may run a job. Those that are set aside or ejected count if there are no others.
+pub fn supply(candidates: impl Iterator<Item = Candidate>) -> Supply {
+    let (mut best, mut usable, mut last_resort, mut build) =
+        (Supply::default(), Supply::default(), Supply::default(), 0);
+    for candidate in candidates {
+        if candidate.build != build {
+            // A worker is listed once for each model, and has its slots only once.
+            best = best.larger(usable);
+            (usable, build) = (Supply::default(), candidate.build);
+        }
+        match candidate.barred {
+            None => usable.add(&candidate),
+            Some(Refusal::SetAside | Refusal::Ejected) => last_resort.add(&candidate),
+            Some(_) => {}
+        }
+    }
+    let best = best.larger(usable);
+    if best.exists { best } else { last_resort }
+}
+
+impl Supply {
+    fn larger(self, other: Self) -> Self {
+        let order = |supply: &Self| (supply.exists, supply.free, supply.to_fetch);
+        if order(&other) > order(&self) { other } else { self }
+    }
 }
 
 /// A worker that failed a job, and the index of the model it ran, as in [`Candidate::build`].
@@ -128,11 +196,17 @@ pub fn place(
     // full worker is better still, because it has a free slot soon.
     let mut last_resort: Option<(f64, Candidate)> = None;
     let mut is_one_full = false;
+    let mut is_one_busy = false;
     let mut is_one_ejected = false;
     for candidate in candidates {
         if let Some(refusal) = refusal(&candidate, tried) {
             is_one_full |= refusal == Refusal::Full;
+            is_one_busy |= refusal == Refusal::Busy;
             let taken_back = Candidate { barred: None, ..candidate };
+            let has_no_room = matches!(self::refusal(&taken_back, tried), Some(Refusal::Full | Refusal::Busy));
+            let is_of_load = matches!(refusal, Refusal::Full | Refusal::Busy | Refusal::SetAside | Refusal::Ejected);
+            placement.is_busy |= is_of_load && has_no_room;
+            placement.may_wait_for_file |= refusal == Refusal::Busy && candidate.has_file;
             if matches!(refusal, Refusal::SetAside | Refusal::Ejected) && self::refusal(&taken_back, tried).is_none() {
                 let score = Terms::of(&candidate, fastest).score(weights);
                 // An ejection lasts too long to wait for a free slot elsewhere.
@@ -162,7 +236,9 @@ pub fn place(
             }
         }
     }
-    if let (None, false, Some((score, candidate))) = (chosen, is_one_full && !is_one_ejected, last_resort) {
+    if let (None, false, Some((score, candidate))) =
+        (chosen, is_one_busy || is_one_full && !is_one_ejected, last_resort)
+    {
         chosen = last_resort;
         table.push((score, candidate));
         let is_it =
@@ -173,6 +249,8 @@ pub fn place(
     let row = |(score, candidate): &(f64, Candidate)| row(*score, candidate, model_of(candidate), fastest);
     placement.candidates = table.iter().map(row).collect();
     placement.chosen = chosen.map(|(_, candidate)| candidate);
+    placement.is_busy &= placement.chosen.is_none();
+    placement.may_wait_for_file &= placement.chosen.is_some_and(|candidate| !candidate.has_file);
     placement
 }
 
@@ -183,6 +261,8 @@ fn refusal(candidate: &Candidate, tried: &[Tried]) -> Option<Refusal> {
         Some(Refusal::Tried)
     } else if candidate.load >= candidate.capacity {
         Some(Refusal::Full)
+    } else if candidate.load >= candidate.limit {
+        Some(Refusal::Busy)
     } else {
         None
     }

@@ -8,10 +8,11 @@ use crate::health::HealthReport;
 use crate::id::{
     AdapterName, CorrelationId, Digest, InviteId, ModelName, ModelVersion, PublicKey, Region, TenantId, WorkerId,
 };
+use crate::infer::Degraded;
 use crate::jobs::{AttemptRecord, JobInfo};
 use crate::membership::Transcript;
 use crate::model::{AdapterEntry, AliasEntry, ModelEntry, ModelFacts, ModelKey, ModelRef};
-use crate::policy::TenantPolicy;
+use crate::policy::{ServiceClass, TenantPolicy};
 use crate::signature::Signed;
 
 /// Any node: describes itself. [`Empty`] → [`NodeInfo`].
@@ -762,6 +763,12 @@ pub struct Decision {
     /// Attempts, in order. Once the orchestrator has forgotten the candidates, only attempts that had a worker are
     /// left.
     pub attempts: Vec<AttemptDecision>,
+    /// The job's time in the queue. Absent if it never waited, or if the orchestrator has forgotten it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait: Option<QueueWait>,
+    /// How the job was made cheaper, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub degraded: Option<Degraded>,
     /// Weights of the terms of the scores.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<ScoreWeights>,
@@ -784,10 +791,25 @@ impl Decision {
             correlation_id: job.correlation_id,
             tenant_id: job.tenant_id.clone(),
             attempts: job.history.iter().map(decision).collect(),
+            wait: None,
+            degraded: None,
             weights: None,
             job: None,
         }
     }
+}
+
+/// How long a job waited for a free slot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct QueueWait {
+    /// Class of the job.
+    pub class: ServiceClass,
+    /// Milliseconds in the queue.
+    pub waited_ms: u64,
+    /// Why the queue refused the job, if it did: `queue_full`, `tenant_queue_full`, `over_share` or `wait_too_long`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shed: Option<String>,
 }
 
 /// Weights of the terms of a worker's score.

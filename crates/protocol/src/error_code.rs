@@ -33,6 +33,8 @@ pub enum ErrorCode {
     InsufficientScope,
     /// The tenant's policy does not allow this model.
     ModelNotAllowed,
+    /// The tenant's policy does not allow this class of service.
+    ClassNotAllowed,
     /// The model or version does not exist.
     ModelNotFound,
     /// The path does not exist on the gateway.
@@ -114,7 +116,7 @@ pub enum Blame {
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 41] = [
+    pub const ALL: [Self; 42] = [
         Self::InvalidJson,
         Self::InvalidValue,
         Self::MissingModel,
@@ -123,6 +125,7 @@ impl ErrorCode {
         Self::InvalidApiKey,
         Self::InsufficientScope,
         Self::ModelNotAllowed,
+        Self::ClassNotAllowed,
         Self::ModelNotFound,
         Self::NotFound,
         Self::MethodNotAllowed,
@@ -169,6 +172,7 @@ impl ErrorCode {
             Self::InvalidApiKey => "invalid_api_key",
             Self::InsufficientScope => "insufficient_scope",
             Self::ModelNotAllowed => "model_not_allowed",
+            Self::ClassNotAllowed => "class_not_allowed",
             Self::ModelNotFound => "model_not_found",
             Self::NotFound => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
@@ -217,6 +221,7 @@ impl ErrorCode {
             Self::InsufficientScope
             | Self::ModelNotAllowed
             | Self::ResidencyMismatch
+            | Self::ClassNotAllowed
             | Self::NotEnrolled
             | Self::NodeRevoked
             | Self::InviteWrongSecret => 403,

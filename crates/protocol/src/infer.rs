@@ -1,5 +1,6 @@
 //! `Infer.Request` and `Infer.Chunk`: a job, and the parts of its answer.
 
+use std::fmt;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -8,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
-use crate::id::{CorrelationId, Digest, ModelName, ModelVersion, RetryToken, TenantId, TraceId};
+use crate::id::{AdapterName, CorrelationId, Digest, ModelName, ModelVersion, RetryToken, TenantId, TraceId};
 use crate::model::ModelKey;
 use crate::policy::ServiceClass;
 use crate::quota::QuotaState;
@@ -203,6 +204,9 @@ pub struct InferSubmission {
     /// Milliseconds within which the answer must begin.
     #[serde(default)]
     pub deadline_ms: Option<u64>,
+    /// How urgent the job is; `standard` if omitted.
+    #[serde(default)]
+    pub class: Option<ServiceClass>,
 }
 
 /// A part of an answer.
@@ -236,6 +240,41 @@ pub struct InferChunk {
     /// the answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quota: Option<QuotaState>,
+    /// How the job was made cheaper, if it was. It is in a chunk with `progress`, before the first part of the answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub degraded: Option<Degraded>,
+}
+
+/// How a job was made cheaper, as the policy of its tenant says. One of the three is set.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Degraded {
+    /// Model that runs it instead of the requested one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelKey>,
+    /// Adapter that is used instead of the requested one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterName>,
+    /// The most tokens of each answer, instead of the requested number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<u32>,
+    /// Why: `queue` if it would have waited too long.
+    pub reason: String,
+}
+
+impl fmt::Display for Degraded {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(model) = &self.model {
+            write!(formatter, "model={model}; ")?;
+        }
+        if let Some(adapter) = &self.adapter {
+            write!(formatter, "adapter={adapter}; ")?;
+        }
+        if let Some(tokens) = self.max_tokens {
+            write!(formatter, "max_tokens={tokens}; ")?;
+        }
+        write!(formatter, "reason={}", self.reason)
+    }
 }
 
 /// Where an answer comes from that a client may ask for again.
@@ -254,8 +293,18 @@ pub struct Origin {
 impl InferChunk {
     /// Creates a chunk that is neither the first nor the last.
     pub fn new(correlation_id: CorrelationId, attempt: u32, seq: u64, payload: Payload) -> Self {
-        let (model, progress, origin, quota) = (None, None, None, None);
-        Self { correlation_id, seq, payload, model, done: false, attempt, progress, origin, quota }
+        Self {
+            correlation_id,
+            seq,
+            payload,
+            model: None,
+            done: false,
+            attempt,
+            progress: None,
+            origin: None,
+            quota: None,
+            degraded: None,
+        }
     }
 }
 
@@ -299,6 +348,9 @@ pub struct Payload {
     /// How often another worker continued the answer. Only in the last chunk, where the orchestrator sets it.
     #[serde(skip_serializing_if = "is_zero")]
     pub continued: u32,
+    /// How the job was made cheaper, if it was. Only in the last chunk, where the orchestrator sets it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub degraded: Option<Degraded>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]

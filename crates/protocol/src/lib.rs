@@ -21,6 +21,7 @@ pub mod model;
 pub mod policy;
 pub mod prefix;
 pub mod presence;
+pub mod queue;
 pub mod quota;
 pub mod schema;
 pub mod signature;

@@ -291,7 +291,7 @@ fn while_one_worker_fetches_a_model_no_other_begins_to() {
 }
 
 #[test]
-fn a_worker_is_as_loaded_as_the_larger_of_its_word_and_our_count() {
+fn a_worker_is_as_loaded_as_our_count_and_what_it_reports_beyond_that() {
     let (fleet, now) = (fleet(), Instant::now());
     let id = PublicKey([1; 32]);
     let load = |fleet: &Fleet| {
@@ -307,6 +307,11 @@ fn a_worker_is_as_loaded_as_the_larger_of_its_word_and_our_count() {
     assert_eq!(load(&fleet), Some(3));
     fleet.update(report(1, &["m"]), now);
     assert_eq!(load(&fleet), Some(2), "a report does not make us forget what we reserved");
+    fleet.count_reserved(id, false);
+    let mut late = report(1, &["m"]);
+    late.capacity.running = 2;
+    fleet.update(late, now);
+    assert_eq!(load(&fleet), Some(1), "a report may be older than a job's end");
     for _ in 0..5 {
         fleet.count_reserved(id, false);
     }

@@ -13,6 +13,7 @@ fn worker(number: u8) -> Candidate {
         proximity: 1.0,
         slots: 4,
         capacity: 8,
+        limit: 8,
         load: 0,
         warm_share: 0.0,
         tokens_per_second: 10.0,
@@ -96,8 +97,9 @@ fn load_spreads_over_equal_workers() {
 #[test]
 fn a_conversation_goes_back_to_its_worker_while_that_has_a_free_slot() {
     for slots in [1, 2, 4, 16] {
-        let warm = |load| Candidate { load, slots, capacity: 2 * slots, warm_share: 1.0, ..worker(2) };
-        let idle = Candidate { slots, capacity: 2 * slots, ..worker(1) };
+        let warm =
+            |load| Candidate { load, slots, capacity: 2 * slots, limit: 2 * slots, warm_share: 1.0, ..worker(2) };
+        let idle = Candidate { slots, capacity: 2 * slots, limit: 2 * slots, ..worker(1) };
         for load in 0..slots {
             assert_eq!(chosen(&[idle, warm(load)]), Some(worker(2).worker_id), "{load} of {slots}");
         }

@@ -115,20 +115,20 @@ async fn jobs_spread_over_the_workers_while_they_run() {
 
 #[tokio::test]
 async fn a_full_fleet_sheds_with_a_time_to_come_back() {
-    let stand = stand(Config::default()).await;
+    let stand = stand(Config { queue_max: 0, ..Config::default() }).await;
     let worker = stand.worker(1, Manner::Hang).await;
     let mut answers = vec![];
-    for _ in 0..8 {
+    for _ in 0..4 {
         answers.push(stand.submit(&stand.job()).await.expect("accepted"));
     }
-    let ninth = stand.answer(&stand.job()).await.expect_err("the worker holds 8");
-    assert_eq!(ninth.code, ErrorCode::NoCapacity);
-    assert!(ninth.retry_after_ms.is_some());
-    assert_eq!(worker.jobs_seen(), 8);
+    let fifth = stand.answer(&stand.job()).await.expect_err("the worker has 4 slots, and no job may wait");
+    assert_eq!(fifth.code, ErrorCode::NoCapacity);
+    assert!(fifth.retry_after_ms.is_some());
+    assert_eq!(worker.jobs_seen(), 4);
     drop(answers.pop());
     worker.cancelled.notified().await;
     for _ in 0..100 {
-        if stand.store.active_reservations().await.expect("readable")[0].1 < 8 {
+        if stand.store.active_reservations().await.expect("readable")[0].1 < 4 {
             break;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;

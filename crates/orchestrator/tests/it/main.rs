@@ -14,6 +14,7 @@ mod membership;
 mod operations;
 mod presence;
 mod progress;
+mod queue;
 mod quotas;
 mod redis;
 mod relay;

@@ -26,7 +26,7 @@ use rpc::{
     CallError, Client, Membership, MemoryNetwork, ResponseStream, Server, StreamCall, StreamOptions, SystemClock,
 };
 use tether_orchestrator::{Config, Orchestrator, OrchestratorParts};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -58,6 +58,8 @@ pub(crate) enum Manner {
     Wait,
     /// Reads the prompt for so many seconds, then sends a chunk a second for as many.
     Read(u64),
+    /// Makes as many tokens as the job allows, one in this time, on so many slots.
+    Pace(Arc<Semaphore>, Duration),
     /// Reads the prompt for so many seconds, then says nothing.
     FallSilent(u64),
     /// Reports again and again that it has read nothing.
@@ -418,6 +420,31 @@ fn job_key(request: &InferRequest) -> JobKey {
     JobKey { tenant_id, correlation_id, retry_token }
 }
 
+/// Sends one chunk with all tokens once they could be made, and the end.
+async fn pace(call: StreamCall, request: &InferRequest, slots: &Semaphore, each: Duration) {
+    let Ok(mut reply) = call.accept().await else { return };
+    let slot = tokio::select! {
+        slot = slots.acquire() => slot.expect("never closed"),
+        () = reply.cancelled() => return,
+    };
+    let tokens = request.input.max_tokens.unwrap_or(1);
+    tokio::select! {
+        () = tokio::time::sleep(each * tokens) => {}
+        () = reply.cancelled() => return,
+    }
+    drop(slot);
+    let chunk = |seq, payload| InferChunk::new(request.correlation_id, request.attempt, seq, payload);
+    let all = Payload { text: "x".into(), tokens: (0..tokens).collect(), ..Payload::default() };
+    let usage = TokenUsage { prompt_tokens: 3, completion_tokens: tokens, cached_tokens: 0, reasoning_tokens: 0 };
+    let end = Payload { finish_reason: Some(FinishReason::Stop), usage: Some(usage), ..Payload::default() };
+    for chunk in [chunk(0, all), InferChunk { done: true, ..chunk(1, end) }] {
+        if reply.send(&codec::encode(&chunk)).await.is_err() {
+            return;
+        }
+    }
+    let _ = reply.finish().await;
+}
+
 async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: Arc<dyn JobStore>) {
     let request: InferRequest = codec::decode(&call.body).expect("a job");
     let reserved = store.job(&job_key(&request)).await.expect("readable");
@@ -456,6 +483,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         Manner::Refuse(code) if code == ErrorCode::UnsupportedParameter => {
             return call.refuse(WireError::new(code, "refused").with_param("tools")).await;
         }
+        Manner::Pace(slots, each) => return pace(call, &request, &slots, each).await,
         Manner::Refuse(code) => return call.refuse(WireError::new(code, "refused")).await,
         Manner::Only(model) if model != request.model() => {
             return call.refuse(WireError::new(ErrorCode::ModelNotHere, "not here")).await;
