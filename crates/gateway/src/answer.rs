@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::infer::{Embedding, FinishReason, Input, Origin, TokenLogprob, ToolCallDelta};
+use protocol::infer::{Degraded, Embedding, FinishReason, Input, Origin, TokenLogprob, ToolCallDelta};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::quota::QuotaState;
 use protocol::usage::TokenUsage;
@@ -94,6 +94,8 @@ pub struct Content {
     pub usage: Option<TokenUsage>,
     /// How often another worker continued the answer, in the last piece.
     pub continued: u32,
+    /// How the job was made cheaper, in the last piece.
+    pub degraded: Option<Box<Degraded>>,
 }
 
 impl Content {
@@ -151,6 +153,8 @@ pub(crate) struct Begun {
     pub(crate) origin: Option<Origin>,
     /// The token limit of the tenant of which least is left, if it has one.
     pub(crate) quota: Option<QuotaState>,
+    /// How the job was made cheaper, if it was.
+    pub(crate) degraded: Option<Degraded>,
 }
 
 impl Begun {
@@ -171,6 +175,7 @@ pub struct Answer {
     continued: u32,
     origin: Option<Origin>,
     quota: Option<QuotaState>,
+    degraded: Option<Degraded>,
     /// The first piece, received before this value was created.
     first: Option<Piece>,
     record: RequestRecord,
@@ -194,7 +199,7 @@ impl Answer {
         if begun.is_repeat() {
             record.replays();
         }
-        let Begun { stream, first, origin, quota } = begun;
+        let Begun { stream, first, origin, quota, degraded } = begun;
         let correlation_id = record.correlation_id;
         let mut answer = Self {
             correlation_id,
@@ -204,6 +209,7 @@ impl Answer {
             continued: 0,
             origin,
             quota,
+            degraded,
             first: None,
             record,
             tracker,
@@ -232,6 +238,11 @@ impl Answer {
     /// Returns how often another worker continued the answer, as far as it has arrived.
     pub fn continued(&self) -> u32 {
         self.continued
+    }
+
+    /// Returns how the job was made cheaper, if it was.
+    pub fn degraded(&self) -> Option<&Degraded> {
+        self.degraded.as_ref()
     }
 
     /// Returns where the answer comes from, if it can be asked for again.
@@ -278,6 +289,10 @@ impl Answer {
                     self.record.piece();
                 }
                 self.continued = piece.content.continued;
+                // A replayed answer says so only at its end.
+                if let Some(degraded) = &piece.content.degraded {
+                    self.degraded = Some((**degraded).clone());
+                }
                 if let Some(end) = &piece.end {
                     self.record.completed(end.reason, end.usage);
                     self.close();
@@ -404,6 +419,8 @@ pub(crate) struct ChunkHead {
     pub(crate) origin: Option<Origin>,
     #[serde(default)]
     pub(crate) quota: Option<QuotaState>,
+    #[serde(default)]
+    pub(crate) degraded: Option<Degraded>,
     #[serde(default)]
     pub(crate) model: Option<ModelKey>,
 }

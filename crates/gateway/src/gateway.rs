@@ -28,6 +28,7 @@ use crate::authentication::Authentication;
 use crate::builds::{self, Build};
 use crate::cached::Cached;
 use crate::catalog::{self, Models};
+use crate::class;
 use crate::config::{Config, seconds};
 use crate::folder_proof::FolderSecret;
 use crate::job::Job;
@@ -153,7 +154,9 @@ impl Gateway {
         let mut record = self.record(context);
         let outcome = self.check_in(token, context.origin, &mut record).await;
         match outcome {
-            Ok((grant, rate, permit)) => Ok(AdmittedRequest { grant, rate, permit, record, repeat: Repeat::default() }),
+            Ok((grant, rate, permit)) => {
+                Ok(AdmittedRequest { grant, rate, permit, record, repeat: Repeat::default(), class: None })
+            }
             Err(refusal) => {
                 record.failed(refusal.error.code);
                 Err(refusal)
@@ -254,6 +257,7 @@ impl Gateway {
     /// again, it changes nothing.
     pub(crate) fn identify(&self, admitted: &AdmittedRequest, job: Job, is_streamed: bool) -> Result<Job, WireError> {
         let (repeat, tenant_id) = (&admitted.repeat, &admitted.grant.tenant_id);
+        let job = Job { class: class::agreed(admitted.class, job.class)?, ..job };
         if job.linger.is_some() {
             return Ok(job);
         }
@@ -280,7 +284,7 @@ impl Gateway {
             Ok(job) => job,
             Err(error) => return Err(admitted.refuse(error).error),
         };
-        let AdmittedRequest { grant, permit, mut record, rate: _, repeat } = admitted;
+        let AdmittedRequest { grant, permit, mut record, rate: _, class: _, repeat } = admitted;
         let opened = async {
             let builds = self.check_job(&grant, &job, &mut record).await?;
             let source = if job.keeps_answer { "key" } else { "sdk_retry" };
@@ -293,7 +297,7 @@ impl Gateway {
                 self.inner.metrics.idempotent_replays.get_or_create(&SourceLabel { source }).inc();
             }
             let mut entries: Vec<_> = builds.into_iter().map(|build| build.entry).collect();
-            entries.extend(self.replayed_model(&begun, &entries).await?);
+            entries.extend(self.other_model(&begun, &entries).await?);
             Ok((begun, entries, expected))
         };
         let opened = self.cut().run_until_cancelled(opened).await;
@@ -324,19 +328,25 @@ impl Gateway {
         }
     }
 
-    /// Returns the model of a replayed answer if its name stands for another one by now.
-    async fn replayed_model(
+    /// Returns the model of an answer if it is not one that was asked for: that of a replayed answer if its name stands
+    /// for another one by now, or that of a job that was made cheaper.
+    async fn other_model(
         &self,
         begun: &Begun,
         entries: &[Arc<ModelEntry>],
     ) -> Result<Option<Arc<ModelEntry>>, WireError> {
         let is_replayed = begun.origin.is_some_and(|origin| origin.replayed);
-        let named = begun.first.as_deref().filter(|_| is_replayed).and_then(|first| ChunkHead::read(first).model);
+        let replayed = begun.first.as_deref().filter(|_| is_replayed).and_then(|first| ChunkHead::read(first).model);
+        let named = replayed.or_else(|| begun.degraded.as_ref()?.model.clone());
         let Some(named) = named.filter(|named| !entries.iter().any(|entry| entry.key == *named)) else {
             return Ok(None);
         };
         let models = self.models().await?;
         let entry = models.find(&named.model_id, Some(named.version)).cloned().ok_or_else(|| {
+            if !is_replayed {
+                let message = format!("the network's registry does not list {named}, which the tenant's policy names");
+                return WireError::new(ErrorCode::NoCapacity, message);
+            }
             let message = format!("the kept answer is of {named}, which is no longer there; use a new key");
             WireError::new(ErrorCode::IdempotencyKeyReused, message).with_param("Idempotency-Key")
         })?;
@@ -352,6 +362,7 @@ impl Gateway {
     ) -> Result<Vec<Build>, WireError> {
         record.correlation_id = job.correlation_id.unwrap_or(record.correlation_id);
         record.trace_id = job.trace_id.unwrap_or(record.trace_id);
+        record.class = Some(job.class.unwrap_or_default());
         if job.tenant_id.as_ref().is_some_and(|tenant| *tenant != grant.tenant_id) {
             let message = "tenantId is not the tenant of this API key";
             return Err(WireError::new(ErrorCode::InsufficientScope, message).with_param("tenantId"));
@@ -452,7 +463,7 @@ impl Gateway {
             correlation_id: record.correlation_id,
             retry_token,
             fingerprint,
-            class: ServiceClass::default(),
+            class: job.class.unwrap_or_default(),
             trace_id: record.trace_id,
             attempt: 1,
             deadline_ms: Some(left.as_millis() as u64),

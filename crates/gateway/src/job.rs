@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use protocol::infer::Input;
 use protocol::model::ModelRef;
+use protocol::policy::ServiceClass;
 use protocol::{CorrelationId, Digest, RetryToken, TenantId, TraceId, codec};
 
 /// A job as a client requests it.
@@ -24,6 +25,8 @@ pub struct Job {
     pub linger: Option<Duration>,
     /// Whether its answer is also kept for long after its end.
     pub keeps_answer: bool,
+    /// How urgent it is, if the client says so.
+    pub class: Option<ServiceClass>,
     /// How long the client waits for the answer to begin. The configured deadline is the default and the maximum.
     pub deadline: Option<Duration>,
 }

@@ -9,6 +9,7 @@ mod authentication;
 mod builds;
 mod cached;
 mod catalog;
+mod class;
 mod config;
 pub mod folder_proof;
 mod gateway;

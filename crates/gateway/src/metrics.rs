@@ -25,6 +25,12 @@ pub struct SourceLabel {
     pub source: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct TenantClassLabel {
+    /// The class of the request; `unknown` if it was refused before it was read.
+    pub tenant_class: &'static str,
+}
+
 /// Metrics of a gateway. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Metrics {
@@ -33,7 +39,7 @@ pub struct Metrics {
     pub time_to_first_token: Family<ModelLabel, Histogram>,
     pub inter_token_latency: Family<ModelLabel, Histogram>,
     pub request_duration: Family<ModelLabel, Histogram>,
-    pub throttled: Counter,
+    pub throttled: Family<TenantClassLabel, Counter>,
     pub idempotent_replays: Family<SourceLabel, Counter>,
     pub registry_silence: Ratio,
 }
@@ -54,13 +60,16 @@ impl Metrics {
         let first_token = Family::new_with_constructor((|| Histogram::new(FIRST_TOKEN_BUCKETS)) as fn() -> Histogram);
         let inter_token = Family::new_with_constructor((|| Histogram::new(INTER_TOKEN_BUCKETS)) as fn() -> Histogram);
         let duration = Family::new_with_constructor((|| Histogram::new(DURATION_BUCKETS)) as fn() -> Histogram);
+        // Dashboards expect the counter before the first refusal.
+        let throttled = Family::default();
+        drop(throttled.get_or_create(&TenantClassLabel { tenant_class: "unknown" }));
         Self {
             shed,
             requests: register(registry, "tether_requests", "Finished requests", Family::default()),
             time_to_first_token: register(registry, "tether_time_to_first_token_seconds", "Seconds from the request to its first token", first_token),
             inter_token_latency: register(registry, "tether_inter_token_latency_seconds", "Seconds between chunks of an answer", inter_token),
             request_duration: register(registry, "tether_request_duration_seconds", "Seconds from the request to its end", duration),
-            throttled: register(registry, "tether_throttled", "Requests refused by a rate limit", Counter::default()),
+            throttled: register(registry, "tether_throttled", "Requests refused by a rate limit", throttled),
             idempotent_replays: register(registry, "tether_idempotent_replays", "Requests that got the answer of an earlier one", Family::default()),
             registry_silence: register(registry, "tether_registry_silence_seconds", "Seconds since a registry last answered this gateway", Ratio::default()),
         }

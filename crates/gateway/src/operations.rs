@@ -14,6 +14,7 @@ use protocol::jobs::{
     DeadLetterPage, DeadLetterPurge, DeadLetterQuery, DeadLetterRef, DeadLetterReplayed, DeadLettersPurged, JOB_CANCEL,
     JOB_LIST, JOB_SHOW, JobInfo, JobList, JobPage, JobQuery, JobRef, JobStatus, JobsCancelled, PAGE_MAX,
 };
+use protocol::queue::{QUEUE_LIST, QueuePage, QueueQuery, WaitingJobs};
 use protocol::quota::{OrchestratorQuotas, QUOTA_LIST, QuotaList, QuotaPage, QuotaQuery};
 use protocol::{CorrelationId, ErrorCode, PublicKey, UnixMillis, WireError, codec};
 use serde::Serialize;
@@ -118,6 +119,15 @@ impl Gateway {
         let pages = replies.into_iter().map(|(peer, page)| (peer, page.jobs, page.next)).collect();
         let (jobs, next) = merge(pages, limit as usize);
         Ok(JobList { jobs, next: next.map(|next| next.to_string()), silent })
+    }
+
+    pub(crate) async fn list_waiting(&self, token: String, limit: u32) -> Result<WaitingJobs, WireError> {
+        let request = ByOperator { token, request: QueueQuery { limit } };
+        let asked = self.ask_all::<_, QueuePage>(QUEUE_LIST, |_| Some(request.clone())).await?;
+        let total = asked.replies.iter().map(|(_, page)| page.total).sum();
+        let mut waiting: Vec<_> = asked.replies.into_iter().flat_map(|(_, page)| page.waiting).collect();
+        waiting.truncate(limit as usize);
+        Ok(WaitingJobs { waiting, total, silent: asked.silent })
     }
 
     pub(crate) async fn show_jobs(&self, id: CorrelationId) -> Result<JobList, WireError> {

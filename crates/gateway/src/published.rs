@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::marker::PhantomData;
 
-use protocol::{control, infer, jobs, model, policy, quota};
+use protocol::{control, infer, jobs, model, policy, queue, quota};
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value};
@@ -52,6 +52,7 @@ pub(crate) type TokenCreate = Published<control::TokenCreate>;
 pub(crate) type TokenCreated = Published<control::TokenCreated>;
 pub(crate) type TokenList = Published<control::TokenList>;
 pub(crate) type TokenRevoked = Published<control::TokenRevoked>;
+pub(crate) type WaitingJobs = Published<queue::WaitingJobs>;
 
 impl<T: JsonSchema> PartialSchema for Published<T> {
     fn schema() -> RefOr<Schema> {

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use protocol::control::TokenGrant;
+use protocol::policy::ServiceClass;
 use protocol::{CorrelationId, PublicKey, TraceId, WireError};
 use rpc::rate_limit::Verdict;
 use tokio::sync::OwnedSemaphorePermit;
@@ -65,6 +66,8 @@ pub struct AdmittedRequest {
     pub(crate) permit: OwnedSemaphorePermit,
     pub(crate) record: RequestRecord,
     pub(crate) repeat: Repeat,
+    /// The class that its header names.
+    pub(crate) class: Option<ServiceClass>,
 }
 
 /// A refused request, with the verdict of its rate limit, if that was checked.

@@ -6,12 +6,13 @@ use observability::metrics::{ModelLabel, ReasonLabel};
 use prometheus_client::metrics::histogram::Histogram;
 use protocol::infer::FinishReason;
 use protocol::model::ModelEntry;
+use protocol::policy::ServiceClass;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, TraceId};
 use tokio::time::Instant;
 use tracing::info;
 
-use crate::metrics::{Metrics, RequestLabel};
+use crate::metrics::{Metrics, RequestLabel, TenantClassLabel};
 
 /// A request under way. Dropping it counts and logs the request, as cancelled unless an outcome was set.
 pub(crate) struct RequestRecord {
@@ -19,6 +20,8 @@ pub(crate) struct RequestRecord {
     started: Instant,
     pub(crate) correlation_id: CorrelationId,
     pub(crate) trace_id: TraceId,
+    /// How urgent the request is, once it was read.
+    pub(crate) class: Option<ServiceClass>,
     key_id: String,
     /// Empty until the model is known to be in the catalogue, so that labels stay bounded.
     model: String,
@@ -40,6 +43,7 @@ impl RequestRecord {
             started,
             correlation_id,
             trace_id,
+            class: None,
             key_id: String::new(),
             model: String::new(),
             outcome: "cancelled",
@@ -119,7 +123,8 @@ impl RequestRecord {
         self.outcome = code.as_str();
         match code {
             ErrorCode::RateLimitExceeded | ErrorCode::InsufficientQuota => {
-                self.metrics.throttled.inc();
+                let tenant_class = self.class.map_or("unknown", ServiceClass::as_str);
+                self.metrics.throttled.get_or_create(&TenantClassLabel { tenant_class }).inc();
             }
             ErrorCode::NoCapacity | ErrorCode::BreakerOpen | ErrorCode::ModelLoading | ErrorCode::Unavailable => {
                 self.metrics.shed.get_or_create(&ReasonLabel { reason: code.as_str() }).inc();

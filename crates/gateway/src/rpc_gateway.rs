@@ -192,9 +192,10 @@ impl RpcGateway {
         let wording = match words {
             Words::Native => Wording::Native,
             Words::Vectors { model, encoding } => Wording::Vectors { model, encoding },
-            Words::Generation { endpoint, model, .. } => {
+            Words::Generation { endpoint, model, names_tier, .. } => {
                 let id = job.correlation_id.unwrap_or(context.correlation_id);
-                Wording::Generation(Heading::new(endpoint, model, &job, id, gateway.clock().now()))
+                let heading = Heading::new(endpoint, model, &job, id, gateway.clock().now());
+                Wording::Generation(if names_tier { heading.with_tier(job.class) } else { heading })
             }
         };
         match gateway.submit(admitted, job).await {

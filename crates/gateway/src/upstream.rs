@@ -251,15 +251,16 @@ impl Upstream {
     async fn begin(&self, peer: PublicKey, body: Bytes, options: StreamOptions) -> Result<Begun, CallError> {
         let mut stream = self.client.open_stream(peer, infer::SUBMIT, body, options).await?;
         stream.acknowledge_reads();
-        let (mut origin, mut quota) = (None, None);
+        let (mut origin, mut quota, mut degraded) = (None, None, None);
         loop {
             let first = stream.next().await.transpose()?;
             let head = first.as_deref().map(ChunkHead::read).unwrap_or_default();
             if head.progress.is_none() {
                 stream.lift_deadline();
-                return Ok(Begun { stream, first, origin, quota });
+                return Ok(Begun { stream, first, origin, quota, degraded });
             }
             (origin, quota) = (head.origin.or(origin), head.quota.or(quota));
+            degraded = head.degraded.or(degraded);
         }
     }
 

@@ -136,6 +136,7 @@ async fn within(gateway: &Gateway, token: &str, request: &Request) -> Received {
         trace_id: Some(trace_id),
         linger: request.linger,
         keeps_answer: request.linger.is_some(),
+        class: None,
         deadline: None,
     };
     let admitted = match gateway.admit(Some(token), context).await {
@@ -174,6 +175,7 @@ async fn over(client: &Client, gateway: PublicKey, token: &str, request: &Reques
         retry_token: Some(request.retry_token.clone()),
         trace_id: None,
         deadline_ms: None,
+        class: None,
     };
     let body = codec::encode(&GatewaySubmission::of(token, submission));
     let within = Duration::from_secs(40);

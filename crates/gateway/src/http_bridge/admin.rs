@@ -9,6 +9,7 @@ pub(super) mod members;
 pub(super) mod models;
 pub(super) mod policies;
 pub(super) mod quotas;
+pub(super) mod queue;
 pub(super) mod tokens;
 
 use std::convert::Infallible;

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use axum::body::Body;
 use axum::extract::Request;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, header};
+use protocol::policy::ServiceClass;
 use protocol::quota::QuotaState;
 use protocol::{CorrelationId, ErrorCode, WireError};
 use rpc::rate_limit::Verdict;
@@ -16,6 +17,7 @@ use super::errors::{self, text};
 use super::extract::{Bridge, context, token};
 use super::{repeats, request_body};
 use crate::answer::{Answer, EventId, StreamFormat};
+use crate::class;
 use crate::config::seconds;
 use crate::job::Job;
 use crate::request_context::{AdmittedRequest, Refusal, RequestContext};
@@ -55,15 +57,16 @@ pub(super) async fn ask<T>(
     let config = bridge.gateway.config();
     let read = async {
         let repeat = repeats::read(&parts.headers, &parts.extensions)?;
+        let class = read_class(&parts.headers)?;
         request_body::check_head(&parts.headers, config.body_bytes_max)?;
         let idle = seconds(config.body_idle_secs);
         let bytes = request_body::read(&mut body, config.body_bytes_max, idle).await?;
-        Ok((parse(&bytes)?, repeats::last_event_id(&parts.headers)?, repeat))
+        Ok((parse(&bytes)?, repeats::last_event_id(&parts.headers)?, repeat, class))
     };
     let rate = admitted.rate;
     match read.await {
-        Ok((parsed, last_event_id, repeat)) => {
-            let admitted = AdmittedRequest { repeat, ..admitted };
+        Ok((parsed, last_event_id, repeat, class)) => {
+            let admitted = AdmittedRequest { repeat, class, ..admitted };
             Ok(ParsedRequest { context, rate, admitted, last_event_id, parsed })
         }
         Err(error) => {
@@ -73,6 +76,12 @@ pub(super) async fn ask<T>(
             Err(refused(&refusal, context.correlation_id))
         }
     }
+}
+
+/// Reads the class that the header names.
+fn read_class(headers: &HeaderMap) -> Result<Option<ServiceClass>, WireError> {
+    let value = repeats::only(headers, &HeaderName::from_static(class::CLASS))?;
+    value.map(|value| class::parse(value.to_str().unwrap_or_default())).transpose()
 }
 
 /// Gives a job its id and token. Otherwise returns the error response.
@@ -153,6 +162,7 @@ pub(super) struct AnswerFacts {
     attempt: u32,
     continued: u32,
     is_replayed: bool,
+    degraded: Option<String>,
     model: String,
     digest: String,
     quota: Option<QuotaState>,
@@ -163,8 +173,9 @@ impl AnswerFacts {
         let model = answer.model();
         let (attempt, continued) = (answer.attempt(), answer.continued());
         let is_replayed = answer.origin().is_some_and(|origin| origin.replayed);
+        let degraded = answer.degraded().map(ToString::to_string);
         let (model, digest, quota) = (model.key.to_string(), model.digest.to_string(), answer.quota());
-        Self { attempt, continued, is_replayed, model, digest, quota }
+        Self { attempt, continued, is_replayed, degraded, model, digest, quota }
     }
 }
 
@@ -191,6 +202,9 @@ impl ResponseHeaders {
             headers.insert(HeaderName::from_static("x-tether-attempts"), HeaderValue::from(answer.attempt));
             if answer.continued > 0 {
                 headers.insert(HeaderName::from_static("x-tether-continued"), HeaderValue::from(answer.continued));
+            }
+            if let Some(degraded) = &answer.degraded {
+                headers.insert(HeaderName::from_static("x-tether-degraded"), text(degraded));
             }
             if answer.is_replayed {
                 headers.insert(HeaderName::from_static("idempotency-replayed"), HeaderValue::from_static("true"));

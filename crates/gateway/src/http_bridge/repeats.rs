@@ -13,7 +13,7 @@ const SDK_RETRY_COUNT: &str = "x-stainless-retry-count";
 /// The longest idempotency key, in bytes.
 const KEY_BYTES_MAX: usize = 255;
 
-/// The headers of a request that may be repeated, for the API's description.
+/// The headers of a request that runs a job, for the API's description.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Header)]
 #[expect(dead_code, reason = "only its description is used")]
@@ -27,6 +27,9 @@ pub(super) struct RepeatHeaders {
     /// after it.
     #[param(rename = "Last-Event-ID")]
     last_event_id: Option<String>,
+    /// How urgent the request is: `interactive`, `standard` or `batch`. Under load, urgent requests run first.
+    #[param(rename = "x-tether-class")]
+    class: Option<String>,
 }
 
 /// Reads what a request says of repeats.
@@ -41,7 +44,7 @@ pub(super) fn read(headers: &HeaderMap, extensions: &Extensions) -> Result<Repea
 }
 
 /// Returns the value of a header that may be there once.
-fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a HeaderValue>, WireError> {
+pub(super) fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a HeaderValue>, WireError> {
     let mut values = headers.get_all(name).iter();
     let first = values.next();
     if values.next().is_some() {

@@ -19,7 +19,7 @@ use super::extract::{Bridge, Inquiry, context};
 use super::{GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, models, openapi};
 
 /// The response headers that pages of other origins may read.
-const EXPOSED: [&str; 19] = [
+const EXPOSED: [&str; 20] = [
     "x-request-id",
     "openai-processing-ms",
     "x-ratelimit-limit-requests",
@@ -35,6 +35,7 @@ const EXPOSED: [&str; 19] = [
     "x-tether-region",
     "x-tether-attempts",
     "x-tether-continued",
+    "x-tether-degraded",
     "x-tether-decision",
     "x-tether-model",
     "x-tether-model-digest",
@@ -69,6 +70,7 @@ fn routes() -> OpenApiRouter<Bridge> {
         .routes(routes!(admin::jobs::list))
         .routes(routes!(admin::jobs::show))
         .routes(routes!(admin::jobs::cancel))
+        .routes(routes!(admin::queue::list))
         .routes(routes!(admin::dead_letters::list, admin::dead_letters::purge_old))
         .routes(routes!(admin::dead_letters::show, admin::dead_letters::purge))
         .routes(routes!(admin::dead_letters::replay))

@@ -32,6 +32,8 @@ pub struct Generation {
     pub stream: bool,
     /// Whether a streamed answer ends with a usage chunk.
     pub include_usage: bool,
+    /// Whether the request names a service tier, so that the response names it too.
+    pub names_tier: bool,
 }
 
 /// Parses the body of `POST /v1/chat/completions`.
@@ -63,6 +65,7 @@ fn job(model: ModelRef, input: Input) -> Job {
         trace_id: None,
         linger: None,
         keeps_answer: false,
+        class: None,
         deadline: None,
     }
 }

@@ -10,6 +10,7 @@ pub(crate) mod vectors;
 pub(crate) mod whole;
 
 use protocol::infer::{EmbedInput, Input};
+use protocol::policy::ServiceClass;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, UnixMillis};
 use serde::Serialize;
@@ -17,6 +18,7 @@ use utoipa::ToSchema;
 
 use super::Endpoint;
 use crate::answer::Answer;
+use crate::class;
 use crate::job::Job;
 
 /// The fields that all chunks of one answer share, and that a whole answer begins with.
@@ -34,6 +36,8 @@ pub(crate) struct Heading {
     pub(crate) echo: bool,
     /// Whether a usage chunk follows the last chunk.
     pub(crate) include_usage: bool,
+    /// The service tier, if the response names it.
+    pub(crate) service_tier: Option<&'static str>,
 }
 
 impl Heading {
@@ -47,7 +51,19 @@ impl Heading {
             prompt_chars: prompt_chars(&job.input),
             echo: job.input.echo,
             include_usage: false,
+            service_tier: None,
         }
+    }
+
+    /// Names the service tier in the response.
+    pub(crate) fn with_tier(self, class: Option<ServiceClass>) -> Self {
+        Self { service_tier: Some(class::tier(class.unwrap_or_default())), ..self }
+    }
+
+    /// Returns the model as the response names it: as the client did, unless another one runs the job.
+    fn model(&self, answer: &Answer) -> String {
+        let other = answer.degraded().and_then(|degraded| degraded.model.as_ref());
+        other.map_or_else(|| self.model.clone(), |model| model.model_id.to_string())
     }
 
     /// Returns when the answer was created. A replayed one is as old as the first.

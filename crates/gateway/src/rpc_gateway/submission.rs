@@ -48,6 +48,8 @@ pub(crate) enum Words {
         model: String,
         /// Whether the client asked for a streamed answer.
         stream: bool,
+        /// Whether the request names a service tier.
+        names_tier: bool,
     },
     /// `OpenAI`'s, for embedding vectors.
     Vectors {
@@ -94,8 +96,8 @@ impl UnreadJob {
             Kind::Chat => (Endpoint::Chat, parse_chat(text)?),
             Kind::Completion => (Endpoint::Completion, parse_completion(text)?),
         };
-        let Generation { job, model, stream, include_usage: _ } = generation;
-        Ok(Read { job, words: Words::Generation { endpoint, model, stream } })
+        let Generation { job, model, stream, include_usage: _, names_tier } = generation;
+        Ok(Read { job, words: Words::Generation { endpoint, model, stream, names_tier } })
     }
 }
 

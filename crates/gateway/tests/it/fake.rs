@@ -15,8 +15,8 @@ use protocol::control::{
 };
 use protocol::health::{CachedModel, Capacity, HealthReport, ModelState};
 use protocol::infer::{
-    EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Origin, Payload, Progress, SUBMIT, TokenLogprob,
-    ToolCallDelta,
+    Degraded, EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Origin, Payload, Progress, SUBMIT,
+    TokenLogprob, ToolCallDelta,
 };
 use protocol::jobs::{JOB_LIST, JOB_SHOW, JobInfo, JobPage, JobQuery, JobRef, JobStatus};
 use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
@@ -304,7 +304,15 @@ impl Fake {
                 }
                 let tenant_id = "acme".parse().expect("tenant");
                 let correlation_id = request.correlation_id;
-                Ok(Decision { correlation_id, tenant_id, attempts: vec![], weights: None, job: None })
+                Ok(Decision {
+                    correlation_id,
+                    tenant_id,
+                    attempts: vec![],
+                    wait: None,
+                    degraded: None,
+                    weights: None,
+                    job: None,
+                })
             })
             .stream(SUBMIT, move |call| {
                 let fake = fake.clone();
@@ -435,6 +443,18 @@ impl Fake {
                 reply.send(&codec::encode(&InferChunk { progress, payload, quota, ..chunk(0, "") })).await?;
                 reply.send(&codec::encode(&chunk(0, "hi"))).await?;
                 reply.send(&codec::encode(&last(1))).await?;
+            }
+            // Another model answers, because the queue is long.
+            "degraded" => {
+                let model = Some(model("other", "0.1").key);
+                let degraded = Degraded { model: model.clone(), reason: "queue".into(), ..Degraded::default() };
+                let (progress, payload) = (Some(Progress::default()), Payload::default());
+                let told = InferChunk { progress, payload, degraded: Some(degraded.clone()), ..chunk(0, "") };
+                reply.send(&codec::encode(&told)).await?;
+                reply.send(&codec::encode(&InferChunk { model, ..chunk(0, "short") })).await?;
+                let mut last = last(1);
+                last.payload.degraded = Some(degraded);
+                reply.send(&codec::encode(&last)).await?;
             }
             // Sends progress once and then nothing, until the caller goes.
             "stuck" => {

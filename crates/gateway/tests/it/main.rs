@@ -2,6 +2,7 @@
 
 mod addresses;
 mod answers;
+mod classes;
 mod connections;
 mod discovery;
 mod embeddings;

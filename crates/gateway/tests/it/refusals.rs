@@ -94,7 +94,7 @@ async fn a_tenant_over_its_rate_is_told_when_to_come_back() {
     assert_eq!(headers["x-ratelimit-remaining-requests"], "0");
     assert!(headers["x-ratelimit-reset-requests"].to_str().expect("text").ends_with('s'));
     assert_eq!(network.chat("hi").await.status(), 200, "another tenant is not held up");
-    assert!(network.metrics.encode().contains("tether_throttled_total 1"));
+    assert!(network.metrics.encode().contains(r#"tether_throttled_total{tenant_class="unknown"} 1"#));
     network.end().await;
 }
 

@@ -212,7 +212,7 @@ async fn http_and_rpc_take_from_one_bucket() {
     let error = whole(&client, &asked).await.expect_err("the third");
     assert_eq!(error.code, ErrorCode::RateLimitExceeded);
     assert!(error.retry_after_ms.is_some_and(|wait| (29_000..=30_000).contains(&wait)), "{error:?}");
-    assert!(network.metrics.encode().contains("tether_throttled_total 1"));
+    assert!(network.metrics.encode().contains(r#"tether_throttled_total{tenant_class="unknown"} 1"#));
     network.end().await;
 }
 

@@ -19,6 +19,8 @@ use super::texts::{Stop, Texts};
 use super::tools::{OfferedTool, tool_choice, tools};
 use super::{COMPLETION_TOKENS, Generation, job};
 use crate::catalog;
+use crate::class;
+use crate::job::Job;
 use crate::json_body::{invalid, is_empty, missing, refuse_unless};
 use crate::published;
 
@@ -185,6 +187,9 @@ pub(super) struct Body {
     /// ever, and 0 for not at all. Workers may limit it. From Ollama's API, not in OpenAI's.
     #[schema(value_type = Option<Value>)]
     keep_alive: Option<KeepAlive>,
+    /// How urgent the request is: `priority`, `default` (also `auto`), or `flex` for one that may wait. The response
+    /// names the tier that was used.
+    service_tier: Option<String>,
     /// Returns the prompt before the answer, and its log-probabilities before those of the answer.
     #[schema(default = false)]
     echo: Option<bool>,
@@ -467,7 +472,10 @@ impl Body {
         };
         input.check()?;
         let include_usage = self.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
-        Ok(Generation { job: job(model, input), model: name, stream, include_usage })
+        let class = self.service_tier.as_deref().map(class::of_tier).transpose()?;
+        let names_tier = class.is_some();
+        let job = Job { class: class.flatten(), ..job(model, input) };
+        Ok(Generation { job, model: name, stream, include_usage, names_tier })
     }
 }
 

@@ -58,6 +58,8 @@ pub(super) struct Head<'a> {
     pub(super) created: u64,
     pub(super) model: &'a str,
     pub(super) system_fingerprint: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) service_tier: Option<&'static str>,
 }
 
 impl<'a> Delta<'a> {

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use bytes::{BufMut as _, BytesMut};
-use protocol::infer::FinishReason;
+use protocol::infer::{Degraded, FinishReason};
 use protocol::usage::TokenUsage;
 use protocol::{UnixMillis, WireError};
 use serde::Serialize;
@@ -49,9 +49,9 @@ impl Sse {
     }
 
     fn set_head(&mut self, created: u64, fingerprint: &str) {
-        let Heading { endpoint, id, model, .. } = &self.heading;
+        let Heading { endpoint, id, model, service_tier, .. } = &self.heading;
         let object = endpoint.streamed_object();
-        let head = Head { id, object, created, model, system_fingerprint: fingerprint };
+        let head = Head { id, object, created, model, system_fingerprint: fingerprint, service_tier: *service_tier };
         self.head = json(&head);
         self.head.pop();
         self.head.extend_from_slice(b",\"choices\":[");
@@ -85,16 +85,16 @@ impl Sse {
             put_json(&TextChoice { index, text, logprobs, finish_reason }, out);
         }
         out.put_slice(if self.heading.include_usage { b"],\"usage\":null" } else { b"]" });
-        put_continued(content.continued, out);
+        put_trailer(content, out);
         out.put_slice(b"}\n\n");
     }
 
-    fn usage(&self, usage: TokenUsage, continued: u32, out: &mut BytesMut) {
+    fn usage(&self, usage: TokenUsage, content: &Content, out: &mut BytesMut) {
         out.put_slice(b"data: ");
         out.put_slice(&self.head);
         out.put_slice(b"],\"usage\":");
         put_json(&Usage::from(usage), out);
-        put_continued(continued, out);
+        put_trailer(content, out);
         out.put_slice(b"}\n\n");
     }
 }
@@ -102,6 +102,7 @@ impl Sse {
 impl StreamFormat for Sse {
     fn begin(&mut self, answer: &Answer) {
         self.began = answer.origin().map(|origin| origin.created_at);
+        self.heading.model = self.heading.model(answer);
         self.set_head(self.heading.created(answer), &fingerprint(answer));
     }
 
@@ -114,7 +115,7 @@ impl StreamFormat for Sse {
         }
         if let Some(end) = piece.end {
             if self.heading.include_usage {
-                self.usage(end.usage, piece.content.continued, out);
+                self.usage(end.usage, &piece.content, out);
             }
             out.put_slice(b"data: [DONE]\n\n");
         }
@@ -134,11 +135,28 @@ impl StreamFormat for Sse {
     }
 }
 
-/// Writes how often another worker continued the answer, if one did.
-fn put_continued(continued: u32, out: &mut BytesMut) {
-    if continued > 0 {
-        let written = write!(out, ",\"tether\":{{\"continued\":{continued}}}");
-        debug_assert!(written.is_ok(), "a buffer grows");
+/// What befell the answer, in its last chunk.
+#[derive(Serialize)]
+struct Trailer<'a> {
+    /// How often another worker continued it.
+    #[serde(skip_serializing_if = "is_zero")]
+    continued: u32,
+    /// How the job was made cheaper.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    degraded: Option<&'a Degraded>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+/// Writes the trailer, if there is anything to say.
+fn put_trailer(content: &Content, out: &mut BytesMut) {
+    let trailer = Trailer { continued: content.continued, degraded: content.degraded.as_deref() };
+    if trailer.continued > 0 || trailer.degraded.is_some() {
+        out.put_slice(b",\"tether\":");
+        put_json(&trailer, out);
     }
 }
 

@@ -23,6 +23,9 @@ pub(crate) struct ChatCompletion<'a> {
     model: &'a str,
     /// The beginning of the model's digest.
     system_fingerprint: &'a str,
+    /// How urgent the request was: `default`, `priority` or `flex`. Absent unless the request named a tier.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_tier: Option<&'static str>,
     choices: Vec<ChatChoice<'a>>,
     usage: Usage,
 }
@@ -38,6 +41,9 @@ pub(crate) struct Completion<'a> {
     model: &'a str,
     /// The beginning of the model's digest.
     system_fingerprint: &'a str,
+    /// How urgent the request was: `default`, `priority` or `flex`. Absent unless the request named a tier.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_tier: Option<&'static str>,
     choices: Vec<TextChoice<'a>>,
     usage: Usage,
 }
@@ -104,12 +110,22 @@ impl<'a> TextChoice<'a> {
 /// Serializes a whole answer as `OpenAI` does.
 pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> serde_json::Result<Box<RawValue>> {
     let choices = (0..).zip(&whole.choices);
-    let Heading { endpoint, id, model, .. } = heading;
+    let Heading { endpoint, id, service_tier, .. } = heading;
+    let (model, service_tier) = (&*heading.model(answer), *service_tier);
     let (created, system_fingerprint, usage) = (heading.created(answer), &*fingerprint(answer), whole.usage.into());
     match endpoint {
         Endpoint::Chat => {
             let (object, choices) = ("chat.completion", choices.map(ChatChoice::of).collect());
-            to_raw_value(&ChatCompletion { id, object, created, model, system_fingerprint, choices, usage })
+            to_raw_value(&ChatCompletion {
+                id,
+                object,
+                created,
+                model,
+                system_fingerprint,
+                service_tier,
+                choices,
+                usage,
+            })
         }
         Endpoint::Completion => {
             let chars = |index: u32| heading.prompt_chars.get(index as usize).copied().unwrap_or_default();
@@ -121,6 +137,7 @@ pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> 
                 created,
                 model,
                 system_fingerprint,
+                service_tier,
                 choices,
                 usage,
             })

@@ -19,6 +19,7 @@ fn of_several(endpoint: Endpoint, choices: usize, include_usage: bool) -> Sse {
         prompt_chars: vec![3; choices],
         echo: false,
         include_usage,
+        service_tier: None,
     });
     sse.set_head(7, "fp_abc");
     sse
