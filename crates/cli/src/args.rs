@@ -104,6 +104,8 @@ pub enum Command {
     /// List, show and cancel jobs
     #[command(subcommand)]
     Jobs(JobsCommand),
+    /// List the requests that wait for a free slot, and why
+    Queue(QueueArgs),
     /// Explain where a request ran and why: workers, scores, attempts and how they ended
     Explain(RequestArgs),
     /// List, show, replay and delete dead letters: failed jobs that are kept with their requests
@@ -412,6 +414,17 @@ pub struct JobsListArgs {
     pub model: Option<ModelName>,
     /// Maximum number of jobs
     #[arg(long, value_name = "COUNT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub limit: u32,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Which waiting requests to list.
+#[derive(Debug, Clone, Args)]
+pub struct QueueArgs {
+    /// Maximum number of requests
+    #[arg(long, value_name = "COUNT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub limit: u32,
     /// Where the network is
     #[command(flatten)]

@@ -37,6 +37,7 @@ mod model;
 mod model_add;
 mod nodes;
 mod policy;
+mod queue;
 mod quota;
 mod reach;
 mod run;
@@ -209,6 +210,7 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Jobs(JobsCommand::List(args)) => jobs::list(context, &args).await,
         Command::Jobs(JobsCommand::Show(args)) => jobs::show(context, &args).await,
         Command::Jobs(JobsCommand::Cancel(args)) => jobs::cancel(context, &args).await,
+        Command::Queue(args) => queue::list(context, &args).await,
         Command::Explain(args) => jobs::explain(context, &args).await,
         Command::Dlq(DlqCommand::List(args)) => dlq::list(context, &args).await,
         Command::Dlq(DlqCommand::Show(args)) => dlq::show(context, &args).await,

@@ -1,7 +1,7 @@
 //! `tether jobs` and `tether explain`: what became of requests, and why.
 
 use anyhow::Context as _;
-use protocol::control::{AttemptDecision, CandidateScore, Decision};
+use protocol::control::{AttemptDecision, CandidateScore, Decision, QueueWait};
 use protocol::jobs::{AttemptRecord, JobInfo, JobList, JobStatus};
 use protocol::{CorrelationId, PublicKey, WorkerId};
 
@@ -179,6 +179,14 @@ fn explained(decision: &Decision) -> String {
             decision.correlation_id, decision.tenant_id
         ),
     }];
+    let waited = decision.wait.as_ref().map(waited);
+    let degraded = decision.degraded.as_ref().map(|degraded| {
+        format!("cheaper  {}, because its tenant's policy says so", output::one_line(&degraded.to_string()))
+    });
+    let lines: Vec<String> = waited.into_iter().chain(degraded).collect();
+    if !lines.is_empty() {
+        parts.push(lines.join("\n"));
+    }
     if let Some(weights) = &decision.weights {
         parts.push(format!(
             "A score is {} x model + {} x region + {} x queue + {} x cache + {} x speed.",
@@ -193,6 +201,19 @@ fn explained(decision: &Decision) -> String {
         parts.extend(decision.attempts.iter().map(placed));
     }
     parts.join("\n\n")
+}
+
+/// Returns a line about a job's time in the queue.
+fn waited(wait: &QueueWait) -> String {
+    let end = match wait.shed.as_deref() {
+        None => "it got a slot".to_owned(),
+        Some("wait_too_long") => "it was refused, because the wait would have been too long".to_owned(),
+        Some("over_share") => "it had to leave, because the queue was full and its tenant over its share".to_owned(),
+        Some("tenant_queue_full") => "it was refused, because too many jobs of its tenant wait".to_owned(),
+        Some("queue_full") => "it was refused, because too many jobs wait".to_owned(),
+        Some(other) => output::one_line(other),
+    };
+    format!("queue    {} ms as {}; {end}", wait.waited_ms, wait.class.as_str())
 }
 
 /// Returns one attempt with the workers that were considered.
@@ -282,12 +303,24 @@ mod tests {
             correlation_id: ID.parse().expect("an id"),
             tenant_id: "acme".parse().expect("a tenant"),
             attempts: vec![attempt],
+            wait: Some(QueueWait {
+                class: protocol::policy::ServiceClass::Batch,
+                waited_ms: 1_500,
+                shed: Some("over_share".to_owned()),
+            }),
+            degraded: Some(protocol::infer::Degraded {
+                max_tokens: Some(64),
+                reason: "queue".to_owned(),
+                ..protocol::infer::Degraded::default()
+            }),
             weights: Some(weights),
             job: None,
         };
         let text = plain(&explained(&decision));
         for part in [
             "it never got a reservation",
+            "queue    1500 ms as batch; it had to leave",
+            "cheaper  max_tokens=64; reason=queue",
             "4 x model + 2 x region + 3 x queue + 1.5 x cache + 0.5 x speed",
             "attempt 1: aaaaaaaa, worker_failed",
             ">  aaaaaaaa  9.25   1.00   1.00    0.50   0.25   0.50",

@@ -426,7 +426,7 @@ async fn nodes_have_names_by_which_they_are_listed_renamed_and_revoked_from_any_
     assert!(!shown.contains("tether_throttled"), "{shown}");
     let gateway = reqwest::get(format!("{}/metrics", mesh.gateway.url())).await.expect("answered");
     let gateway = gateway.text().await.expect("text");
-    assert!(gateway.contains("roles=\"gateway\"") && gateway.contains("tether_throttled_total 0\n"), "{gateway}");
+    assert!(gateway.contains("roles=\"gateway\"") && gateway.contains("tether_throttled_total{"), "{gateway}");
     for foreign in ["tether_workers_live", "tether_reservations", "tether_breaker", "tether_engine"] {
         assert!(!gateway.contains(foreign), "{foreign}: {gateway}");
     }
