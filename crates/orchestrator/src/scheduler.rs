@@ -148,7 +148,8 @@ impl Supply {
     }
 }
 
-/// Returns the room of the workers that may run a job. Those that are set aside or ejected count if there are no others.
+/// Returns the room of the workers that may run a job. Those that are set aside or ejected count if there are no
+/// others.
 pub fn supply(candidates: impl Iterator<Item = Candidate>) -> Supply {
     let (mut best, mut usable, mut last_resort, mut build) =
         (Supply::default(), Supply::default(), Supply::default(), 0);

@@ -33,7 +33,8 @@ pub(super) fn prompt_tokens(request_bytes: usize) -> u32 {
 }
 
 impl Orchestrator {
-    /// Chooses a worker with a free slot. While there is none, the job waits for its turn, unless it has a reservation.
+    /// Chooses a worker with a free slot. While no slot is free, the job waits for its turn, unless it has a
+    /// reservation.
     pub(super) async fn find_slot(
         &self,
         journey: &mut Journey,
