@@ -181,7 +181,7 @@ async fn a_client_that_goes_away_cancels_its_job() {
             let mut body = chat_body(prompt);
             body["stream"] = json!(streamed);
             let request = network.post("/v1/chat/completions", &body);
-            let client = tokio::spawn(async { request.send().await?.text().await });
+            let client = network.tasks.spawn(async { request.send().await?.text().await });
             network.fake.arrived.notified().await;
             client.abort();
             let cancelled = network.fake.cancelled.notified();

@@ -207,7 +207,7 @@ async fn a_retry_of_an_sdk_that_reset_its_stream_is_the_same_job() {
             .header("x-stainless-retry-count", count)
             .body(chat_body("queued").to_string())
             .expect("a request");
-        tokio::spawn(sender.send_request(request))
+        network.tasks.spawn(sender.send_request(request))
     };
     let first = send(0);
     network.fake.arrived.notified().await;
