@@ -11,7 +11,6 @@ use protocol::control::{
 };
 use protocol::infer::{InferRequest, Input, ModelDigest};
 use protocol::model::{ModelEntry, ModelKey, ModelRef};
-use protocol::policy::ServiceClass;
 use protocol::quota::QuotaRule;
 use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, WireError};
 use rpc::rate_limit::{Quota, RateLimit, Verdict};

@@ -14,7 +14,7 @@ use protocol::policy::ServiceClass;
 use protocol::prefix::PrefixChain;
 use protocol::queue::{self, QueuePage, WaitReason};
 use protocol::usage::TokenUsage;
-use protocol::{AdapterName, CorrelationId, Digest, TenantId};
+use protocol::{AdapterName, CorrelationId, Digest, Region, TenantId};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -39,6 +39,8 @@ const CHARGE_EVERY: u64 = 64;
 pub(crate) struct Group {
     pub(crate) models: Vec<(ModelKey, Option<Digest>)>,
     pub(crate) adapter: Option<AdapterName>,
+    /// The regions in which the job may run; all if `None`.
+    pub(crate) regions: Option<Vec<Region>>,
 }
 
 impl Group {
@@ -52,6 +54,7 @@ impl Group {
             prefix: &NO_PROMPT,
             short_context: 0,
             continuation: None,
+            regions: self.regions.as_deref(),
         });
         let wanted: Vec<Wanted<'_>> = wanted.collect();
         fleet.with_candidates(&wanted, Instant::now(), |candidates| scheduler::supply(candidates))

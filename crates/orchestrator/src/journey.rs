@@ -100,8 +100,6 @@ pub struct Journey {
     pub continued: u32,
     /// When the answer was interrupted, until another worker continues it.
     interrupted_at: Option<Instant>,
-    /// The rules of its tenant.
-    pub(crate) policy: Arc<TenantPolicy>,
     /// Estimated tokens of its prompt.
     pub(crate) prompt_tokens: u32,
     /// Whether the workers that could run it had no room when it was last placed.
@@ -187,7 +185,6 @@ impl Journey {
             had: 0,
             continued: 0,
             interrupted_at: None,
-            policy: Arc::default(),
             prompt_tokens: 0,
             is_busy: false,
             turn: None,
@@ -361,7 +358,7 @@ impl Journey {
     pub(crate) fn group(&self) -> Group {
         let wanted = self.wanted();
         let models = wanted.iter().map(|wanted| (wanted.model.clone(), wanted.digest)).collect();
-        Group { models, adapter: self.request.input.adapter.clone() }
+        Group { models, adapter: self.request.input.adapter.clone(), regions: self.policy.allowed_regions.clone() }
     }
 
     /// Makes it cheaper.

@@ -155,7 +155,6 @@ async fn cut_so_often(least: usize) {
             in_calls += cut_everywhere(&first, &second, call(seed)).await;
         }
     }
-    println!("{in_schemas} cuts in schemas, {in_calls} in calls, {seed} seeds");
 }
 
 #[tokio::test]

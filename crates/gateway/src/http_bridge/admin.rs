@@ -8,8 +8,8 @@ pub(super) mod jobs;
 pub(super) mod members;
 pub(super) mod models;
 pub(super) mod policies;
-pub(super) mod quotas;
 pub(super) mod queue;
+pub(super) mod quotas;
 pub(super) mod tokens;
 
 use std::convert::Infallible;

@@ -107,7 +107,7 @@ impl Orchestrator {
     fn cheaper(&self, journey: &Journey, how: &DegradePolicy, wait: Duration) -> Option<Degraded> {
         let reason = "queue".to_owned();
         let is_faster = |models: Vec<(ModelKey, Option<Digest>)>, adapter: Option<AdapterName>| {
-            let group = Arc::new(Group { models, adapter });
+            let group = Arc::new(Group { models, adapter, regions: journey.policy.allowed_regions.clone() });
             let exists = self.gate.supply(&group).exists;
             let job = WaitingJob { group, ..self.waiting_job(journey) };
             exists && self.gate.expected_wait(&job).is_some_and(|other| other <= wait / 2)

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use metadata_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, JobStore, NewJob, ReassignError, Reassignment, RecordPage,
+    FinaliseError, Finalised, JobKey, JobRecord, JobStore, Lease, NewJob, ReassignError, Reassignment, RecordPage,
     ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, UsageCursor, UsageRecord,
 };
 use protocol::infer::{Degraded, InferChunk, InferRequest, SUBMIT};
@@ -14,6 +14,7 @@ use protocol::model::ModelKey;
 use protocol::policy::{DegradePolicy, ServiceClass, TenantPolicy};
 use protocol::presence::HighWater;
 use protocol::queue::{QUEUE_LIST, QueuePage, QueueQuery, WaitReason};
+use protocol::quota::QuotaUsage;
 use protocol::{CorrelationId, ErrorCode, TenantId, UnixMillis, WireError, WorkerId, codec};
 use rpc::{CallError, ResponseStream, StreamOptions};
 use tether_orchestrator::Config;
@@ -44,8 +45,9 @@ impl JobStore for PausingStore {
     async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError> { blocking!(self.reserve(job)) }
     async fn finalise(&self, settlement: Settlement) -> Result<Finalised, FinaliseError> { blocking!(self.finalise(settlement)) }
     async fn reassign(&self, to: Reassignment) -> Result<(), ReassignError> { blocking!(self.reassign(to)) }
-    async fn renew(&self, keys: Vec<JobKey>, until: UnixMillis) -> Result<Vec<JobKey>, StoreError> { blocking!(self.renew(keys, until)) }
+    async fn renew(&self, leases: Vec<Lease>, until: UnixMillis) -> Result<Vec<Lease>, StoreError> { blocking!(self.renew(leases, until)) }
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError> { blocking!(self.release_expired(now, limit)) }
+    async fn release_orphans(&self, now: UnixMillis) -> Result<Vec<JobRecord>, StoreError> { blocking!(self.release_orphans(now)) }
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> { let key = key.clone(); blocking!(self.job(&key)) }
     async fn answer(&self, key: &JobKey, now: UnixMillis) -> Result<Option<Vec<u8>>, StoreError> { self.0.answer(key, now).await }
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> { blocking!(self.prune_answers(now, bytes_max, limit)) }
@@ -58,6 +60,8 @@ impl JobStore for PausingStore {
     async fn count_dead_letters(&self) -> Result<u64, StoreError> { blocking!(self.count_dead_letters()) }
     async fn active_reservations(&self) -> Result<Vec<(WorkerId, u32)>, StoreError> { self.0.active_reservations().await }
     async fn usage(&self, tenant_id: &TenantId, after: UsageCursor, limit: u32) -> Result<Vec<UsageRecord>, StoreError> { self.0.usage(tenant_id, after, limit).await }
+    async fn quota_usage(&self, tenant: &TenantId, now: UnixMillis) -> Result<QuotaUsage, StoreError> { self.0.quota_usage(tenant, now).await }
+    async fn quota_tenants(&self, now: UnixMillis, limit: u32) -> Result<Vec<TenantId>, StoreError> { self.0.quota_tenants(now, limit).await }
     async fn high_waters(&self) -> Result<Vec<(WorkerId, HighWater)>, StoreError> { blocking!(self.high_waters()) }
     async fn raise_high_water(&self, marks: Vec<(WorkerId, HighWater)>) -> Result<(), StoreError> { blocking!(self.raise_high_water(marks)) }
 }
