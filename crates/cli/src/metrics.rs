@@ -63,9 +63,9 @@ impl Default for Metrics {
 
 #[cfg(test)]
 mod tests {
-    use gateway::metrics::RequestLabel;
+    use gateway::metrics::{RequestLabel, SourceLabel};
     use observability::metrics::{ModelLabel, ReasonLabel};
-    use orchestrator::metrics::{BreakerLabel, PhaseLabel};
+    use orchestrator::metrics::{BreakerLabel, ClassLabel, HedgeLabel, PhaseLabel, WaitingLabel};
 
     use super::*;
 
@@ -99,7 +99,13 @@ mod tests {
         let breaker = BreakerLabel { model: "m".into(), region: "r".into() };
         orchestrator.breaker_state.get_or_create(&breaker).set(1);
         orchestrator.breaker_transitions.get_or_create(&breaker).inc();
-        for counter in [&orchestrator.retries, &orchestrator.shed, &orchestrator.presence_rejected] {
+        gateway.idempotent_replays.get_or_create(&SourceLabel { source: "key" }).inc();
+        orchestrator.hedges.get_or_create(&HedgeLabel { outcome: "won" }).inc();
+        orchestrator.waiting.get_or_create(&WaitingLabel { model: "m".into(), class: "batch" }).inc();
+        orchestrator.queue_wait.get_or_create(&ClassLabel { class: "batch" }).observe(1.0);
+        for counter in
+            [&orchestrator.retries, &orchestrator.shed, &orchestrator.presence_rejected, &orchestrator.degraded]
+        {
             counter.get_or_create(&ReasonLabel { reason: "x" }).inc();
         }
         orchestrator.failovers.get_or_create(&PhaseLabel { phase: "pre_token" }).inc();

@@ -31,7 +31,7 @@ mod rpc_gateway;
 mod upstream;
 
 pub use answer::{Answer, Content, End, Piece, parse_chunk};
-pub use config::{Config, MetricsAccess, ProxyNetwork, RateLimitConfig};
+pub use config::{Config, MetricsAccess, ProxyHeader, ProxyNetwork, RateLimitConfig};
 pub use gateway::{Gateway, GatewayParts};
 pub use http_bridge::GatewayError;
 pub use infer_request::parse_infer;

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::StreamExt as _;
 use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
 use protocol::control::NodeRole;
 use protocol::infer::{self, InferRequest};
 use protocol::jobs::{JOB_SHOW, JobInfo, JobPage, JobRef, JobStatus};
@@ -23,7 +25,7 @@ use crate::answer::{Begun, ChunkHead};
 /// Timeout of a unary call.
 const CALL: Duration = Duration::from_secs(2);
 /// How long an orchestrator may take to say whether it has a job.
-const HOLDER: Duration = Duration::from_millis(500);
+const HOLDER: Duration = Duration::from_millis(150);
 /// How long a request waits for discovery to find a node of a role.
 const APPEAR: Duration = Duration::from_secs(1);
 /// How many times all orchestrators are tried in turn.
@@ -239,12 +241,17 @@ impl Upstream {
             let call = self.client.call::<_, JobPage>(peer, JOB_SHOW, &job, HOLDER);
             async move { Some((peer, call.await.ok()?)) }
         });
-        let known = join_all(calls).await.into_iter().flatten();
-        let rank = |page: &JobPage| {
+        let mut known = calls.collect::<FuturesUnordered<_>>();
+        let mut best: Option<(u8, PublicKey)> = None;
+        while let Some(answered) = known.next().await {
+            let Some((peer, page)) = answered else { continue };
             let own = page.jobs.iter().filter(|job| job.tenant_id == request.tenant_id);
-            own.filter_map(holds).max()
-        };
-        known.filter_map(|(peer, page)| Some((rank(&page)?, peer))).max().map(|(_, peer)| peer)
+            match own.filter_map(holds).max() {
+                Some(RUNNING) => return Some(peer),
+                rank => best = best.max(rank.map(|rank| (rank, peer))),
+            }
+        }
+        best.map(|(_, peer)| peer)
     }
 
     /// Opens a job's stream and waits for the first chunk that is part of the answer.
@@ -290,11 +297,14 @@ fn rank(job: CorrelationId, peer: PublicKey) -> Digest {
     Digest::of(&[&job.0.as_bytes()[..], &peer.0].concat())
 }
 
+/// How much a running job speaks for its orchestrator: no other one can have the answer.
+const RUNNING: u8 = 2;
+
 /// Returns how much a job speaks for its orchestrator. Returns `None` if it came to nothing, so that the request may run
 /// anywhere.
 fn holds(job: &JobInfo) -> Option<u8> {
     match job.status {
-        JobStatus::Running => Some(2),
+        JobStatus::Running => Some(RUNNING),
         JobStatus::Completed | JobStatus::Dead => Some(1),
         JobStatus::Failed | JobStatus::Cancelled => job.usage.is_some().then_some(1),
     }

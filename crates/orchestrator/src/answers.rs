@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use metadata_store::JobKey;
 use parking_lot::Mutex;
-use protocol::infer::Origin;
+use protocol::infer::{Degraded, Origin};
 use protocol::quota::QuotaState;
 use protocol::usage::TokenUsage;
 use protocol::{ErrorCode, TenantId, UnixMillis, WireError};
@@ -140,6 +140,7 @@ struct State {
     progress: u64,
     origin: Option<Origin>,
     quota: Option<QuotaState>,
+    degraded: Option<Degraded>,
     end: Option<Result<(), WireError>>,
     ended_at: Option<Instant>,
     /// For each reader, the number of the next chunk it reads.
@@ -222,6 +223,11 @@ impl Writer {
     /// Says what is left of the tenant's tokens. Called at most once, before the first chunk.
     pub(crate) fn tell_quota(&self, quota: QuotaState) {
         self.shared.state.send_modify(|state| state.quota = Some(quota));
+    }
+
+    /// Says how the job was made cheaper. Called at most once, before the first chunk.
+    pub(crate) fn tell_degraded(&self, degraded: Degraded) {
+        self.shared.state.send_modify(|state| state.degraded = Some(degraded));
     }
 
     /// Adds a chunk. Waits for the readers if the answer is too long to be kept whole.
@@ -474,6 +480,11 @@ impl Reader {
     /// Returns what was left of the tenant's tokens when the job began.
     pub(crate) fn quota(&self) -> Option<QuotaState> {
         self.shared.state.borrow().quota
+    }
+
+    /// Returns how the job was made cheaper.
+    pub(crate) fn degraded(&self) -> Option<Degraded> {
+        self.shared.state.borrow().degraded.clone()
     }
 
     /// Records what the caller has acknowledged, in all.

@@ -47,6 +47,8 @@ pub(crate) struct DeadLetterRelay {
     connection: Option<MultiplexedConnection>,
     /// What was seen when both were last equal.
     equal_at: Option<Glance>,
+    /// How many letters Redis had then.
+    sent_last: u64,
     add: Script,
     remove: Script,
 }
@@ -89,7 +91,7 @@ impl DeadLetterRelay {
     ) -> Self {
         let origin = format!("{orchestrator}:");
         let (add, remove) = (Script::new(ADD), Script::new(REMOVE));
-        Self { store, config, metrics, origin, connection: None, equal_at: None, add, remove }
+        Self { store, config, metrics, origin, connection: None, equal_at: None, sent_last: 0, add, remove }
     }
 
     /// Runs until `stop` is cancelled. Returns at once if no Redis is configured.
@@ -106,7 +108,8 @@ impl DeadLetterRelay {
                 Ok(()) if !is_well => info!("dead letters reach Redis again"),
                 Ok(()) => {}
                 Err(error) => {
-                    (self.connection, self.equal_at) = (None, None);
+                    self.count_unsent().await;
+                    self.connection = None;
                     if is_well {
                         warn!(%error, "dead letters do not reach Redis; they stay in the store and are sent later");
                     }
@@ -115,6 +118,16 @@ impl DeadLetterRelay {
                 }
             }
             is_well = true;
+        }
+    }
+
+    /// Estimates how many letters Redis lacks while it does not say.
+    async fn count_unsent(&mut self) {
+        if let Some(Glance { stored, .. }) = self.equal_at.take() {
+            self.sent_last = stored;
+        }
+        if let Ok(stored) = self.store.count_dead_letters().await {
+            self.metrics.dead_letters_unsent.set(stored.saturating_sub(self.sent_last) as i64);
         }
     }
 

@@ -86,6 +86,13 @@ impl Delivery {
         self.notice = Some(codec::encode(&InferChunk { progress, quota: Some(quota), ..chunk }));
     }
 
+    /// Says how the job was made cheaper, to everyone who reads a shared answer. Other callers learn it from progress.
+    pub(crate) fn tell_degraded(&self, degraded: Degraded) {
+        if let State::Shared { writer, .. } = &self.state {
+            writer.tell_degraded(degraded);
+        }
+    }
+
     async fn give_notice(&mut self) -> Result<(), Interrupted> {
         match self.notice.take() {
             Some(chunk) => self.state.send(&chunk, TokenUsage::default()).await,

@@ -77,8 +77,13 @@ pub enum InvalidPolicy {
         field: &'static str,
     },
     /// There is no such rule.
-    #[error("{0:?} is not a rule of a policy; `tether policy set --help` lists them")]
-    UnknownRule(String),
+    #[error("{name:?} is not a rule of a policy; the rules are {}", known.join(", "))]
+    UnknownRule {
+        /// The name as it was written.
+        name: String,
+        /// The names that could stand there.
+        known: Vec<String>,
+    },
     /// A rule has a value of the wrong type.
     #[error("the policy is malformed: {0}")]
     Malformed(String),
@@ -93,13 +98,14 @@ impl TenantPolicy {
         }
         let unknown = |written: &serde_json::Value, schema: schemars::Schema| {
             let known = schema.get("properties").and_then(serde_json::Value::as_object).cloned().unwrap_or_default();
-            written.as_object().and_then(|fields| fields.keys().find(|name| !known.contains_key(*name)).cloned())
+            let name = written.as_object()?.keys().find(|name| !known.contains_key(*name))?.clone();
+            Some(InvalidPolicy::UnknownRule { name, known: known.into_iter().map(|(name, _)| name).collect() })
         };
         let degrade = written.get("degrade").unwrap_or(&serde_json::Value::Null);
         let mistyped = unknown(&written, schemars::schema_for!(Self))
             .or_else(|| unknown(degrade, schemars::schema_for!(DegradePolicy)));
-        if let Some(name) = mistyped {
-            return Err(InvalidPolicy::UnknownRule(name));
+        if let Some(mistyped) = mistyped {
+            return Err(mistyped);
         }
         let policy: Self =
             serde_json::from_value(written).map_err(|error| InvalidPolicy::Malformed(error.to_string()))?;

@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use metadata_store::{DurableState, JobKey, SealedAnswer, TerminalState};
-use protocol::infer::{InferChunk, InferRequest, Origin, Payload, Progress};
-use protocol::quota::QuotaState;
+use protocol::infer::{Degraded, InferChunk, InferRequest, Origin, Payload, Progress};
 use protocol::usage::TokenUsage;
 use protocol::{ErrorCode, UnixMillis, WireError, codec};
 use tokio::task;
@@ -78,6 +77,9 @@ impl Orchestrator {
             }
             Ok(Some((created_at, chunks))) => {
                 delivery.begin(Origin { created_at, replayed: true, attached: false });
+                if let Some(degraded) = chunks.last().and_then(degraded_of) {
+                    delivery.tell_degraded(degraded);
+                }
                 // If it fails, the readers are gone or too slow.
                 let _ = delivery.replay(chunks).await;
                 Ok(())
@@ -147,7 +149,7 @@ async fn follow(mut reader: Reader, request: &Repeatable, deadline: Option<Insta
         };
         if let (Next::Chunk(..), Some(origin), true) = (&next, reader.origin(), request.wants_progress)
             && !std::mem::replace(&mut is_introduced, true)
-            && caller.send_progress(&introduction(request, origin, reader.quota())).await.is_err()
+            && caller.send_progress(&introduction(request, origin, &reader)).await.is_err()
         {
             return;
         }
@@ -171,10 +173,16 @@ async fn follow(mut reader: Reader, request: &Repeatable, deadline: Option<Insta
     }
 }
 
-/// Writes a chunk that says where the answer comes from.
-fn introduction(request: &Repeatable, origin: Origin, quota: Option<QuotaState>) -> Vec<u8> {
+/// Returns how the job of an answer was made cheaper, from its last chunk.
+fn degraded_of(last: &Bytes) -> Option<Degraded> {
+    codec::decode::<InferChunk>(last).ok()?.payload.degraded
+}
+
+/// Writes a chunk that says where the answer comes from, and how its job was made cheaper.
+fn introduction(request: &Repeatable, origin: Origin, reader: &Reader) -> Vec<u8> {
     let chunk = InferChunk::new(request.key.correlation_id, 1, 0, Payload::default());
     // An answer that is replayed says nothing of the present.
-    let quota = quota.filter(|_| !origin.replayed);
-    codec::encode(&InferChunk { progress: Some(Progress::default()), origin: Some(origin), quota, ..chunk })
+    let quota = reader.quota().filter(|_| !origin.replayed);
+    let (progress, degraded) = (Some(Progress::default()), reader.degraded());
+    codec::encode(&InferChunk { progress, origin: Some(origin), quota, degraded, ..chunk })
 }

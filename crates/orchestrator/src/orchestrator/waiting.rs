@@ -95,6 +95,7 @@ impl Orchestrator {
         let Some(degraded) = self.cheaper(journey, how, wait) else { return Ok(()) };
         info!(correlation_id = %journey.request.correlation_id, %degraded, "a job is made cheaper");
         self.metrics.degraded.get_or_create(&ReasonLabel { reason: what(&degraded) }).inc();
+        delivery.tell_degraded(degraded.clone());
         journey.degrade(degraded);
         if journey.wants_progress && delivery.send_progress(&waiting_chunk(journey)).await.is_err() {
             return Err(gone());

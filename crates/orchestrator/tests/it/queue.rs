@@ -368,10 +368,14 @@ async fn a_job_that_would_wait_long_runs_on_another_model_if_its_policy_says_so(
     let allowed_models = Some(vec![model().model_id]);
     *stand.policy.lock() = TenantPolicy { degrade: Some(degrade.clone()), ..TenantPolicy::default() };
     later().await;
-    let chunks = read(&stand, &of(&stand, "acme", 40)).await.expect("answered");
+    let job = InferRequest { linger_ms: Some(1_000), keeps_answer: true, ..of(&stand, "acme", 40) };
     let how = Degraded { model: Some(small()), reason: "queue".into(), ..Degraded::default() };
-    assert!(chunks.iter().any(|chunk| chunk.degraded.as_ref() == Some(&how)), "{chunks:?}");
-    assert_eq!(chunks.last().and_then(|last| last.payload.degraded.clone()), Some(how));
+    for is_repeat in [false, true] {
+        let chunks = read(&stand, &job).await.expect("answered");
+        let said = chunks.iter().find(|chunk| chunk.origin.is_some()).expect("said where it comes from");
+        assert_eq!((said.origin.map(|origin| origin.replayed), &said.degraded), (Some(is_repeat), &Some(how.clone())));
+        assert_eq!(chunks.last().and_then(|last| last.payload.degraded.clone()), Some(how.clone()));
+    }
     *stand.policy.lock() = TenantPolicy { degrade: Some(degrade), allowed_models, ..TenantPolicy::default() };
     later().await;
     let job = of(&stand, "acme", 40);

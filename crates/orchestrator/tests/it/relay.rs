@@ -12,7 +12,7 @@ use rpc::SystemClock;
 use tether_orchestrator::Config;
 
 use crate::redis::Redis;
-use crate::stand::{Manner, model, region, stand_on};
+use crate::stand::{Manner, Stand, model, region, stand_on};
 
 fn id(number: u64) -> CorrelationId {
     CorrelationId(uuid::Uuid::from_u128(1_000 + u128::from(number)))
@@ -81,6 +81,14 @@ async fn until(redis: &Redis, expected: &[CorrelationId]) {
     }
 }
 
+async fn until_metric(stand: &Stand, line: &str) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !stand.metrics.encode().lines().any(|found| found == line) {
+        assert!(Instant::now() < deadline, "no {line}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn each_dead_letter_reaches_the_stream_once_and_a_wiped_redis_is_filled_again() {
     let redis = Redis::start();
@@ -113,12 +121,13 @@ async fn each_dead_letter_reaches_the_stream_once_and_a_wiped_redis_is_filled_ag
 async fn what_dies_while_redis_is_away_or_full_is_sent_later() {
     let mut redis = Redis::start();
     let store = Arc::new(SqliteStore::in_memory().expect("a store"));
-    let _stand = stand_on(store.clone(), Config { redis: redis.config(), ..Config::default() }).await;
+    let stand = stand_on(store.clone(), Config { redis: redis.config(), ..Config::default() }).await;
     die(&*store, 1).await;
     until(&redis, &[id(1)]).await;
 
     redis.kill();
     die(&*store, 2).await;
+    until_metric(&stand, "tether_dlq_unsent 1").await;
     redis.start_again();
     until(&redis, &[id(1), id(2)]).await;
 

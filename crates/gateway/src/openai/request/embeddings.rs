@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use super::body::named_model;
 use super::job;
 use super::texts::Texts;
+use crate::class;
 use crate::job::Job;
 use crate::json_body::{missing, read};
 use crate::published;
@@ -55,11 +56,14 @@ pub(crate) struct EmbeddingRequest {
     /// As in completions. Not in OpenAI's API.
     #[schema(value_type = Option<Value>)]
     keep_alive: Option<KeepAlive>,
+    /// As in completions. Not in OpenAI's API.
+    service_tier: Option<String>,
 }
 
 /// Parses the body of `POST /v1/embeddings`.
 pub fn parse_embeddings(bytes: &[u8]) -> Result<Vectors, WireError> {
-    let EmbeddingRequest { model, input, adapter, encoding_format, dimensions, keep_alive } = read(bytes)?;
+    let EmbeddingRequest { model, input, adapter, encoding_format, dimensions, keep_alive, service_tier } =
+        read(bytes)?;
     let (model, name) = named_model(model.as_deref())?;
     let texts = input.ok_or_else(|| missing("input"))?.0;
     let input = Input {
@@ -70,7 +74,8 @@ pub fn parse_embeddings(bytes: &[u8]) -> Result<Vectors, WireError> {
         ..Input::default()
     };
     input.check().map_err(|invalid| under_its_name(invalid.into()))?;
-    Ok(Vectors { job: job(model, input), model: name, encoding: encoding_format.unwrap_or_default() })
+    let class = service_tier.as_deref().map(class::of_tier).transpose()?.flatten();
+    Ok(Vectors { job: Job { class, ..job(model, input) }, model: name, encoding: encoding_format.unwrap_or_default() })
 }
 
 /// Renames the field `embed` in an error to OpenAI's `input`.
