@@ -2,7 +2,7 @@
 //! dead letters, so all are asked, and their pages are merged.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::str::FromStr;
 
@@ -14,7 +14,7 @@ use protocol::jobs::{
     DeadLetterPage, DeadLetterPurge, DeadLetterQuery, DeadLetterRef, DeadLetterReplayed, DeadLettersPurged, JOB_CANCEL,
     JOB_LIST, JOB_SHOW, JobInfo, JobList, JobPage, JobQuery, JobRef, JobStatus, JobsCancelled, PAGE_MAX,
 };
-use protocol::queue::{QUEUE_LIST, QueuePage, QueueQuery, WaitingJobs};
+use protocol::queue::{QUEUE_LIST, QueuePage, QueueQuery, WaitingJob, WaitingJobs};
 use protocol::quota::{OrchestratorQuotas, QUOTA_LIST, QuotaList, QuotaPage, QuotaQuery};
 use protocol::{CorrelationId, ErrorCode, PublicKey, UnixMillis, WireError, codec};
 use serde::Serialize;
@@ -105,6 +105,23 @@ fn merge<Row: Listed>(pages: Vec<(PublicKey, Vec<Row>, Option<u64>)>, limit: usi
     (rows.into_iter().map(|(.., row)| row).collect(), Some(cursor).filter(|cursor| !cursor.0.is_empty()))
 }
 
+/// Merges the waiting jobs of orchestrators: those that start soonest first, then those whose start is unknown, the oldest
+/// first. Jobs for one model stay in the order of their orchestrator.
+fn next_first(pages: impl Iterator<Item = Vec<WaitingJob>>) -> Vec<WaitingJob> {
+    let mut jobs = vec![];
+    for page in pages {
+        let mut latest = HashMap::new();
+        for job in page {
+            let own = (job.starts_in_ms.unwrap_or(u64::MAX), Reverse(job.waited_ms));
+            let latest = latest.entry(job.model.clone()).or_insert(own);
+            *latest = own.max(*latest);
+            jobs.push((*latest, job));
+        }
+    }
+    jobs.sort_by_key(|(start, _)| *start);
+    jobs.into_iter().map(|(_, job)| job).collect()
+}
+
 /// The answers of orchestrators to one question, and those that gave none.
 struct Answers<Reply> {
     replies: Vec<(PublicKey, Reply)>,
@@ -125,7 +142,7 @@ impl Gateway {
         let request = ByOperator { token, request: QueueQuery { limit } };
         let asked = self.ask_all::<_, QueuePage>(QUEUE_LIST, |_| Some(request.clone())).await?;
         let total = asked.replies.iter().map(|(_, page)| page.total).sum();
-        let mut waiting: Vec<_> = asked.replies.into_iter().flat_map(|(_, page)| page.waiting).collect();
+        let mut waiting = next_first(asked.replies.into_iter().map(|(_, page)| page.waiting));
         waiting.truncate(limit as usize);
         Ok(WaitingJobs { waiting, total, silent: asked.silent })
     }
@@ -138,8 +155,11 @@ impl Gateway {
 
     pub(crate) async fn list_quotas(&self, query: QuotaQuery) -> Result<QuotaList, WireError> {
         let asked = self.ask_all::<_, QuotaPage>(QUOTA_LIST, |_| Some(query.clone())).await?;
-        let counted =
-            |(orchestrator, page): (PublicKey, QuotaPage)| OrchestratorQuotas { orchestrator, tenants: page.tenants };
+        let counted = |(orchestrator, QuotaPage { tenants, incomplete })| OrchestratorQuotas {
+            orchestrator,
+            tenants,
+            incomplete,
+        };
         Ok(QuotaList { orchestrators: asked.replies.into_iter().map(counted).collect(), silent: asked.silent })
     }
 
@@ -309,6 +329,10 @@ impl Gateway {
 
 #[cfg(test)]
 mod tests {
+    use protocol::model::ModelKey;
+    use protocol::policy::ServiceClass;
+    use protocol::queue::WaitReason;
+
     use super::*;
 
     #[derive(Debug, Clone, PartialEq)]
@@ -378,6 +402,25 @@ mod tests {
             found.sort_unstable();
             assert_eq!(found, [1, 2, 3, 5, 9], "limit {limit}");
         }
+    }
+
+    #[test]
+    fn waiting_jobs_of_several_orchestrators_are_listed_by_their_start() {
+        let job = |model: &str, number: u8, waited_ms, starts_in_ms| WaitingJob {
+            correlation_id: format!("018f3c2e-7b1a-7c3d-9e4f-5a6b7c8d9e{number:02}").parse().expect("an id"),
+            tenant_id: "acme".parse().expect("a tenant"),
+            class: ServiceClass::Standard,
+            model: ModelKey { model_id: model.parse().expect("a name"), version: "1.0".parse().expect("a version") },
+            prompt_tokens: 1,
+            waited_ms,
+            reason: WaitReason::AllFull,
+            starts_in_ms,
+        };
+        let one = vec![job("a", 1, 9, None), job("b", 2, 5, Some(30)), job("b", 3, 7, Some(20)), job("a", 4, 99, None)];
+        let other = vec![job("a", 5, 8, Some(10)), job("b", 6, 1, Some(40)), job("c", 7, 50, None)];
+        let listed = next_first([one, other].into_iter());
+        let numbers: Vec<String> = listed.iter().map(|job| job.correlation_id.to_string().split_off(34)).collect();
+        assert_eq!(numbers, ["05", "02", "03", "06", "07", "01", "04"]);
     }
 
     #[test]

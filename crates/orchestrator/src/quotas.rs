@@ -4,8 +4,10 @@
 //! so that it does not wait for a worker first.
 
 use std::collections::HashMap;
+use std::future::ready;
 use std::sync::Arc;
 
+use futures_util::{StreamExt as _, stream};
 use metadata_store::JobStore;
 use parking_lot::Mutex;
 use protocol::policy::TenantPolicy;
@@ -21,6 +23,9 @@ use crate::dispatch::Delivery;
 use crate::journey::Journey;
 use crate::orchestrator::Orchestrator;
 use crate::refusals;
+
+/// How many tenants' quotas are read at the same time for a list.
+const QUOTAS_AT_ONCE: usize = 16;
 
 /// What a job takes of its tenant's quotas.
 #[derive(Debug, Clone, Copy, Default)]
@@ -151,21 +156,27 @@ impl Orchestrator {
 
     /// Lists the quotas of one tenant, or of all that have used something today.
     pub(crate) async fn list_quotas(self: Arc<Self>, _: Caller, query: QuotaQuery) -> Result<QuotaPage, WireError> {
-        let tenants = match query.tenant_id {
-            Some(tenant) => vec![tenant],
-            None => self.quotas.store.quota_tenants(self.quotas.clock.now(), TENANTS_MAX).await.map_err(|error| {
-                warn!(%error, "could not read the tenants that have used something");
-                WireError::new(ErrorCode::Unavailable, "quotas cannot be read now, try again")
-            })?,
-        };
-        let mut page = QuotaPage::default();
-        for tenant_id in tenants {
-            let policy = self.policies.policy(&tenant_id).await?;
-            let mut quotas = vec![self.rate(&tenant_id, &policy)];
-            quotas.extend(self.quotas.states(&tenant_id, &policy).await?);
-            page.tenants.push(TenantQuota { tenant_id, quotas });
+        if let Some(tenant) = query.tenant_id {
+            return Ok(QuotaPage { tenants: vec![self.quota(tenant).await?], incomplete: false });
         }
-        Ok(page)
+        let listed = self.quotas.store.quota_tenants(self.quotas.clock.now(), TENANTS_MAX + 1).await;
+        let mut tenants = listed.map_err(|error| {
+            warn!(%error, "could not read the tenants that have used something");
+            WireError::new(ErrorCode::Unavailable, "quotas cannot be read now, try again")
+        })?;
+        let count = tenants.len();
+        tenants.truncate(TENANTS_MAX as usize);
+        let read = stream::iter(tenants).map(|tenant| self.quota(tenant)).buffered(QUOTAS_AT_ONCE);
+        let tenants: Vec<TenantQuota> = read.filter_map(|quota| ready(quota.ok())).collect().await;
+        Ok(QuotaPage { incomplete: tenants.len() < count, tenants })
+    }
+
+    /// Returns the quotas of one tenant. Fails if its policy or its quotas cannot be read.
+    async fn quota(&self, tenant_id: TenantId) -> Result<TenantQuota, WireError> {
+        let policy = self.policies.policy(&tenant_id).await?;
+        let mut quotas = vec![self.rate(&tenant_id, &policy)];
+        quotas.extend(self.quotas.states(&tenant_id, &policy).await?);
+        Ok(TenantQuota { tenant_id, quotas })
     }
 
     /// Returns the state of a tenant's request rate.

@@ -202,17 +202,9 @@ impl QuotaUsage {
     }
 
     /// Checks that a job fits within the limits. `tokens` is the most that it may use. If several limits refuse the
-    /// job, the one that takes longest to be free again is returned.
+    /// job, the error is that of [`QuotaRefusal::among`].
     pub fn check(&self, limits: &QuotaLimits, tokens: u64, now: UnixMillis) -> Result<(), QuotaRefusal> {
-        let refusal = |state: QuotaState| {
-            let wanted = if state.rule.is_of_tokens() { tokens } else { 1 };
-            state.lacks(wanted).then_some(QuotaRefusal { state, wanted })
-        };
-        let refusals = self.states(limits, now).into_iter().filter_map(refusal);
-        match refusals.max_by_key(|refusal| (refusal.is_final(), refusal.state.resets_at)) {
-            Some(refusal) => Err(refusal),
-            None => Ok(()),
-        }
+        QuotaRefusal::among(self.states(limits, now), tokens).map_or(Ok(()), Err)
     }
 }
 
@@ -264,6 +256,18 @@ pub struct QuotaRefusal {
 }
 
 impl QuotaRefusal {
+    /// Returns why a limit refuses a job that may use at most `tokens`, if it does.
+    pub fn of(state: QuotaState, tokens: u64) -> Option<Self> {
+        let wanted = if state.rule.is_of_tokens() { tokens } else { 1 };
+        state.lacks(wanted).then_some(Self { state, wanted })
+    }
+
+    /// Returns the refusal by these limits that takes longest to end, if one of them refuses.
+    pub fn among(states: impl IntoIterator<Item = QuotaState>, tokens: u64) -> Option<Self> {
+        let refusals = states.into_iter().filter_map(|state| Self::of(state, tokens));
+        refusals.max_by_key(|refusal| (refusal.is_final(), refusal.state.resets_at))
+    }
+
     /// Returns whether the job alone exceeds the limit, so that it never fits.
     pub fn is_final(&self) -> bool {
         self.state.limit.is_some_and(|limit| self.wanted > limit)
@@ -303,7 +307,7 @@ impl QuotaRefusal {
             if rule.is_of_tokens() { format!(", and this request may need up to {wanted}") } else { String::new() };
         format!(
             "the tenant's limit is {limit} {unit}: {spent} are used and {reserved} are reserved for running jobs{needs}; \
-             the limit ends in {}",
+             the limit resets in {}",
             in_words(wait)
         )
     }
@@ -359,6 +363,9 @@ pub struct TenantQuota {
 pub struct QuotaPage {
     /// The tenants, ordered by name.
     pub tenants: Vec<TenantQuota>,
+    /// Tenants are missing: more than [`TENANTS_MAX`] have used something, or the policy of one could not be read.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub incomplete: bool,
 }
 
 /// The quotas of tenants, as each orchestrator of a region counts them.
@@ -380,6 +387,9 @@ pub struct OrchestratorQuotas {
     pub orchestrator: PublicKey,
     /// The tenants, ordered by name.
     pub tenants: Vec<TenantQuota>,
+    /// Tenants are missing: more than [`TENANTS_MAX`] have used something, or the policy of one could not be read.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub incomplete: bool,
 }
 
 #[cfg(test)]
@@ -420,12 +430,12 @@ mod tests {
         let error = refused(&tokens(Some(100), None), &used(60, 30), 20);
         assert_eq!((error.code, error.retry_after_ms), (ErrorCode::RateLimitExceeded, Some(MINUTE_ENDS_IN)));
         assert_eq!(error.param.as_deref(), Some("tokens_per_minute"));
-        for part in ["100 tokens per minute", "60 are used", "30 are reserved", "up to 20", "ends in 40s"] {
+        for part in ["100 tokens per minute", "60 are used", "30 are reserved", "up to 20", "resets in 40s"] {
             assert!(error.message.contains(part), "{part} in {}", error.message);
         }
         let error = refused(&tokens(Some(100), Some(100)), &used(60, 30), 20);
         assert_eq!((error.code, error.retry_after_ms), (ErrorCode::InsufficientQuota, None), "the day takes longer");
-        assert!(error.message.contains("ends in 1h 46m"), "{}", error.message);
+        assert!(error.message.contains("resets in 1h 46m"), "{}", error.message);
         assert!(!error.should_retry());
         let just_before_midnight = UnixMillis(Window::Day.end(NOW).0 - 5_000);
         let refusal = used(60, 30).check(&tokens(None, Some(100)), 20, just_before_midnight).expect_err("full");

@@ -15,7 +15,11 @@ pub(super) async fn list(context: Context, args: &QueueArgs) -> anyhow::Result<O
         return Ok(Outcome::Well);
     }
     let rows: Vec<Vec<String>> = listed.waiting.iter().map(row).collect();
-    output::table(&["REQUEST", "TENANT", "CLASS", "MODEL", "PROMPT", "WAITED", "WHY", "STARTS IN"], &rows);
+    if rows.is_empty() {
+        output::line("no request waits");
+    } else {
+        output::table(&["REQUEST", "TENANT", "CLASS", "MODEL", "PROMPT", "WAITED", "WHY", "STARTS IN"], &rows);
+    }
     if listed.total > listed.waiting.len() as u64 {
         output::note(format!("{} requests wait; --limit shows more", listed.total));
     }

@@ -22,6 +22,9 @@ pub(super) async fn show(context: Context, args: &QuotaArgs) -> anyhow::Result<O
     } else {
         output::table(&["TENANT", "RULE", "LIMIT", "SPENT", "RESERVED", "LEFT", "RESETS IN", "COUNTED BY"], &rows);
     }
+    if list.orchestrators.iter().any(|counted| counted.incomplete) {
+        output::note("tenants are missing from this list; `tether quota TENANT` shows one");
+    }
     note_silent(&list.silent);
     Ok(Outcome::Well)
 }
@@ -67,7 +70,7 @@ mod tests {
             state(QuotaRule::ConcurrentJobs, None, None),
         ];
         let tenants = vec![TenantQuota { tenant_id: "acme".parse().expect("a tenant"), quotas }];
-        OrchestratorQuotas { orchestrator: PublicKey([number; 32]), tenants }
+        OrchestratorQuotas { orchestrator: PublicKey([number; 32]), tenants, incomplete: false }
     }
 
     #[test]

@@ -51,7 +51,7 @@ async fn a_job_holds_its_worst_case_until_it_ends_and_pays_what_it_used() {
     assert_eq!((refused.code, refused.param.as_deref()), (ErrorCode::InsufficientQuota, Some("tokens_per_day")));
     let quota = refused.quota.expect("it says how much is left");
     assert_eq!((quota.limit, quota.reserved), (Some(10_000), held.reserved));
-    assert!(refused.message.contains("ends in"), "{}", refused.message);
+    assert!(refused.message.contains("resets in"), "{}", refused.message);
 
     *worker.manner.lock() = Manner::Answer(2);
     drop(waiting);
@@ -139,6 +139,24 @@ async fn a_caller_learns_what_is_left_before_its_answer_begins() {
     assert!(told(&stand, shared.clone()).await.quota.is_some());
     assert!(told(&stand, shared).await.quota.is_none(), "a kept answer says nothing of the present");
     assert!(told(&stand, short(&stand, 100)).await.progress.is_none(), "a caller that knows no progress gets none");
+}
+
+#[tokio::test]
+async fn a_tenant_whose_policy_cannot_be_read_is_missing_from_the_list_and_the_others_are_shown() {
+    let stand = limited(daily(10_000)).await;
+    stand.worker(1, Manner::Answer(2)).await;
+    for tenant in ["acme", "other", "third"] {
+        let tenant_id = tenant.parse().expect("a name");
+        stand.answer(&InferRequest { tenant_id, ..short(&stand, 100) }).await.expect("there is room");
+    }
+    let list = async || {
+        let page: QuotaPage = stand.ask(QUOTA_LIST, &QuotaQuery::default()).await;
+        let names: Vec<String> = page.tenants.iter().map(|tenant| tenant.tenant_id.to_string()).collect();
+        (names.join(" "), page.incomplete)
+    };
+    assert_eq!(list().await, ("acme other third".to_owned(), false));
+    *stand.withheld.lock() = Some("other".parse().expect("a name"));
+    assert_eq!(list().await, ("acme third".to_owned(), true));
 }
 
 #[tokio::test]

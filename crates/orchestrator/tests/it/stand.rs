@@ -21,7 +21,9 @@ use protocol::model::ModelKey;
 use protocol::policy::TenantPolicy;
 use protocol::signature::{NodeKey, Signed};
 use protocol::usage::TokenUsage;
-use protocol::{Clock, CorrelationId, Digest, ErrorCode, PublicKey, Region, Topic, UnixMillis, WireError, codec};
+use protocol::{
+    Clock, CorrelationId, Digest, ErrorCode, PublicKey, Region, TenantId, Topic, UnixMillis, WireError, codec,
+};
 use rpc::{
     CallError, Client, Membership, MemoryNetwork, ResponseStream, Server, StreamCall, StreamOptions, SystemClock,
 };
@@ -92,6 +94,8 @@ pub(crate) struct Stand {
     pub(crate) orchestrator: PublicKey,
     pub(crate) gateway: Client,
     pub(crate) policy: Arc<Mutex<TenantPolicy>>,
+    /// The tenant whose policy the registry does not return.
+    pub(crate) withheld: Arc<Mutex<Option<TenantId>>>,
     tasks: TaskTracker,
     jobs: AtomicU64,
 }
@@ -182,13 +186,17 @@ pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand 
 
     let registry = network.node(&key(200));
     registry.announce(&Topic::Control(region())).await.expect("announced");
+    let withheld = Arc::new(Mutex::new(None));
+    let kept = withheld.clone();
     let (rules, revoked) = (policy.clone(), Arc::new(Mutex::new(list(0, &[]))));
     let current = revoked.clone();
     let server = Server::new(registry, info(NodeRole::Registry))
         .membership(member(200, NodeRole::Registry))
-        .unary(POLICY_GET, move |_, _: PolicyRequest| {
-            let policy = rules.lock().clone();
-            async move { Ok(policy) }
+        .unary(POLICY_GET, move |_, request: PolicyRequest| {
+            let is_withheld = kept.lock().as_ref() == Some(&request.tenant_id);
+            let refusal = WireError::new(ErrorCode::InsufficientScope, "this policy is withheld");
+            let policy = if is_withheld { Err(refusal) } else { Ok(rules.lock().clone()) };
+            async move { policy }
         })
         .unary(OPERATOR_CHECK, |_, request: OperatorRequest| async move {
             match request.token.as_str() {
@@ -229,6 +237,7 @@ pub(crate) async fn stand_on(store: Arc<dyn JobStore>, config: Config) -> Stand 
         orchestrator,
         gateway,
         policy,
+        withheld,
         tasks,
         jobs: AtomicU64::new(1),
     }
