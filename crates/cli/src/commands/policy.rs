@@ -5,12 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use protocol::policy::{PolicySet, ServiceClass, TenantPolicy};
-use protocol::quota::{QuotaList, QuotaRefusal, QuotaState, in_words};
-use protocol::{Clock as _, ModelName, UnixMillis};
+use protocol::quota::{QuotaList, QuotaRefusal, QuotaRule, QuotaState, in_words};
+use protocol::{Clock as _, ModelName, PublicKey, UnixMillis};
 use rpc::SystemClock;
 use serde::Serialize;
 
-use super::jobs::client;
+use super::jobs::{client, note_silent};
 use super::{Context, Outcome};
 use crate::args::{PolicyExplainArgs, PolicyRule, PolicySetArgs, PolicyShowArgs, ServerArgs};
 use crate::operator::AdminClient;
@@ -86,29 +86,29 @@ pub(super) async fn explain(context: Context, args: &PolicyExplainArgs) -> anyho
     let path = format!("/admin/v1/quotas?tenant={}", args.tenant);
     let used: anyhow::Result<QuotaList> = client(&context, &args.server)?.get(&path).await;
     let states = used.as_ref().map(fullest).unwrap_or_default();
-    let question = Question { model: args.model.as_ref(), class: args.class, tokens: args.tokens };
+    let question = Question { model: args.model.as_ref(), class: args.class, tokens: args.tokens.max(1) };
     let now = SystemClock.now();
-    let verdicts = judge(&policy, &states, &question, now);
-    let refused = verdicts.iter().any(|verdict| !verdict.allows);
-    if context.json {
-        output::json(&verdicts)?;
-    } else {
-        let rows: Vec<Vec<String>> = verdicts.iter().map(|verdict| verdict.row(now)).collect();
-        output::table(&["RULE", "SAYS", "SPENT", "RESERVED", "LEFT", "RESETS IN", "VERDICT"], &rows);
-        let first = verdicts.iter().find_map(|verdict| verdict.refusal.as_deref());
-        output::line(first.map_or_else(
-            || "The request would be admitted.".to_owned(),
-            |refusal| format!("The request would be refused: {}", output::one_line(refusal)),
-        ));
-    }
+    let mut explanation = Explanation::of(judge(&policy, &states, &question, now), &question, now);
     match used {
-        Err(error) => output::note(format!("what the tenant uses is not known: {error:#}")),
-        Ok(list) if list.orchestrators.len() > 1 => {
-            output::note("each orchestrator limits the jobs that it runs; the fullest is shown");
+        Ok(list) => {
+            if list.orchestrators.len() > 1 {
+                output::note("each orchestrator limits the jobs that it runs; the fullest is shown");
+            }
+            explanation.silent = list.silent;
         }
-        Ok(_) => {}
+        Err(error) => output::note(format!("what the tenant uses is not known: {error:#}")),
     }
-    Ok(if refused { Outcome::Finding } else { Outcome::Well })
+    if context.json {
+        output::json(&explanation)?;
+    } else {
+        let rows: Vec<Vec<String>> = explanation.rules.iter().map(|verdict| verdict.row(now)).collect();
+        if !rows.is_empty() {
+            output::table(&["RULE", "SAYS", "SPENT", "RESERVED", "LEFT", "RESETS IN", "VERDICT"], &rows);
+        }
+        output::line(explanation.text());
+    }
+    note_silent(&explanation.silent);
+    Ok(if explanation.outcome == Prospect::Admitted { Outcome::Well } else { Outcome::Finding })
 }
 
 /// Returns for each rule the state at the orchestrator where least is left.
@@ -132,23 +132,110 @@ struct Question<'a> {
     tokens: u64,
 }
 
+/// What would happen to a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Prospect {
+    Admitted,
+    Refused,
+    /// It depends on what the tenant uses, and nobody says how much that is.
+    Undecided,
+}
+
+/// What would happen to a request, and what each rule says of it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Explanation {
+    outcome: Prospect,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refusal: Option<String>,
+    rules: Vec<Verdict>,
+    /// Orchestrators that did not respond.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    silent: Vec<PublicKey>,
+}
+
+impl Explanation {
+    fn of(rules: Vec<Verdict>, question: &Question<'_>, now: UnixMillis) -> Self {
+        let refusal = first_refusal(&rules, question, now);
+        let outcome = match refusal {
+            Some(_) => Prospect::Refused,
+            None if rules.iter().any(|verdict| verdict.allows.is_none()) => Prospect::Undecided,
+            None => Prospect::Admitted,
+        };
+        Self { outcome, refusal, rules, silent: vec![] }
+    }
+
+    fn text(&self) -> String {
+        match (self.outcome, &self.refusal) {
+            (_, Some(refusal)) => format!("The request would be refused: {}", output::one_line(refusal)),
+            (Prospect::Undecided, _) => "It cannot be decided whether the request would be admitted: no orchestrator \
+                                         says how much the tenant uses."
+                .to_owned(),
+            _ => "The request would be admitted.".to_owned(),
+        }
+    }
+}
+
+/// Returns the refusal that the client would get, if a rule refuses the request.
+fn first_refusal(rules: &[Verdict], question: &Question<'_>, now: UnixMillis) -> Option<String> {
+    let is_windowed = |verdict: &&Verdict| verdict.judged.is_some_and(|state| state.rule.window().is_some());
+    let first = rules.iter().filter(|verdict| !is_windowed(verdict)).find_map(|verdict| verdict.refusal.clone());
+    // An orchestrator first checks whether anything is left at all, and with the reservation whether it is enough.
+    let windowed = || rules.iter().filter(is_windowed).filter_map(|verdict| verdict.judged);
+    let quota = || QuotaRefusal::among(windowed(), 1).or_else(|| QuotaRefusal::among(windowed(), question.tokens));
+    first.or_else(|| Some(quota()?.error(now).message))
+}
+
 /// What a rule says of a request.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Verdict {
     rule: &'static str,
     says: String,
-    allows: bool,
+    /// Absent if it depends on what the tenant uses, and that is not known.
+    allows: Option<bool>,
+    /// What the tenant uses, if an orchestrator says so.
     #[serde(skip_serializing_if = "Option::is_none")]
     state: Option<QuotaState>,
     #[serde(skip_serializing_if = "Option::is_none")]
     refusal: Option<String>,
+    /// The state of a limit that was judged: nothing is used if it is not known.
+    #[serde(skip)]
+    judged: Option<QuotaState>,
 }
 
 impl Verdict {
+    /// Returns what a limit says of a request.
+    fn of_limit(rule: QuotaRule, limit: u64, known: Option<&QuotaState>, tokens: u64, now: UnixMillis) -> Self {
+        let unused = QuotaState {
+            rule,
+            limit: None,
+            spent: 0,
+            reserved: 0,
+            resets_at: rule.window().map(|window| window.end(now)),
+        };
+        // An orchestrator may not have heard of a new limit yet.
+        let judged = QuotaState { limit: Some(limit), ..known.copied().unwrap_or(unused) };
+        let refusal = QuotaRefusal::of(judged, tokens).map(|refusal| refusal.error(now).message);
+        Self {
+            rule: rule.as_str(),
+            says: format!("at most {limit}"),
+            allows: if refusal.is_some() { Some(false) } else { known.map(|_| true) },
+            state: known.map(|_| judged),
+            refusal,
+            judged: Some(judged),
+        }
+    }
+
     fn row(&self, now: UnixMillis) -> Vec<String> {
         let of_state = |cell: fn(&QuotaState) -> String| self.state.as_ref().map(cell).unwrap_or_default();
         let resets = self.state.as_ref().and_then(|state| state.resets_at);
+        let verdict = match self.allows {
+            Some(true) => "allows",
+            Some(false) => "refuses",
+            None => "unknown",
+        };
         vec![
             self.rule.to_owned(),
             self.says.clone(),
@@ -156,39 +243,46 @@ impl Verdict {
             of_state(|state| state.reserved.to_string()),
             of_state(|state| state.left().map(|left| left.to_string()).unwrap_or_default()),
             resets.map(|end| in_words(end.since(now))).unwrap_or_default(),
-            if self.allows { "allows" } else { "refuses" }.to_owned(),
+            verdict.to_owned(),
         ]
     }
 }
 
-/// Returns what each rule says of a request, in the order in which they are checked. Rules that are not set are left
-/// out.
+/// Returns what each rule says of a request, in the order in which they are checked: the gateway counts requests, and the
+/// orchestrator checks the rest. Rules that are not set are left out.
 fn judge(policy: &TenantPolicy, states: &[QuotaState], question: &Question<'_>, now: UnixMillis) -> Vec<Verdict> {
-    let mut verdicts = vec![];
-    let mut plain = |rule, says: Option<String>, refusal: Option<String>| {
-        if let Some(says) = says {
-            verdicts.push(Verdict { rule, says, allows: refusal.is_none(), state: None, refusal });
-        }
+    let limited = |rule, limit: Option<u64>| {
+        let known = states.iter().find(|state| state.rule == rule);
+        limit.map(|limit| Verdict::of_limit(rule, limit, known, question.tokens, now))
     };
-    let refused = question.model.filter(|model| !policy.allows(model));
-    let refused = refused.map(|model| format!("the tenant's policy does not allow the model {model}"));
-    plain("allowed_models", policy.allowed_models.as_deref().map(names), refused);
-    let refused = (!policy.allows_class(question.class))
+    let limits = [
+        limited(QuotaRule::ConcurrentJobs, policy.concurrent_jobs.map(u64::from)),
+        limited(QuotaRule::RequestsPerDay, policy.requests_per_day),
+        limited(QuotaRule::TokensPerMinute, policy.tokens_per_minute),
+        limited(QuotaRule::TokensPerDay, policy.tokens_per_day),
+    ];
+    let rate = limited(QuotaRule::RequestsPerMinute, policy.requests_per_minute.map(u64::from));
+    rate.into_iter().chain(judge_lists(policy, question)).chain(limits.into_iter().flatten()).collect()
+}
+
+/// Returns what the lists of a policy say of a request.
+fn judge_lists(policy: &TenantPolicy, question: &Question<'_>) -> Vec<Verdict> {
+    let plain = |rule, says: Option<String>, refusal: Option<String>| {
+        Some(Verdict { rule, says: says?, allows: Some(refusal.is_none()), state: None, refusal, judged: None })
+    };
+    let model = question.model.filter(|model| !policy.allows(model));
+    let model = model.map(|model| format!("the tenant's policy does not allow the model {model}"));
+    let class = (!policy.allows_class(question.class))
         .then(|| format!("the tenant's policy does not allow the class {}", question.class.as_str()));
     let classes = policy.allowed_classes.as_ref().map(|classes| listed(classes.iter().map(|class| class.as_str())));
-    plain("allowed_classes", classes, refused);
     let nowhere = policy.allowed_regions.as_ref().is_some_and(Vec::is_empty);
-    let refused = nowhere.then(|| "the tenant's policy allows jobs in no region".to_owned());
-    plain("allowed_regions", policy.allowed_regions.as_deref().map(names), refused);
-    for state in states.iter().filter(|state| state.limit.is_some()) {
-        let wanted = if state.rule.is_of_tokens() { question.tokens } else { 1 };
-        let refusal = state.left().is_some_and(|left| left < wanted);
-        let refusal = refusal.then(|| QuotaRefusal { state: *state, wanted }.error(now).message);
-        let says = format!("at most {}", state.limit.unwrap_or_default());
-        let (rule, allows) = (state.rule.as_str(), refusal.is_none());
-        verdicts.push(Verdict { rule, says, allows, state: Some(*state), refusal });
-    }
-    verdicts
+    let nowhere = nowhere.then(|| "the tenant's policy allows jobs in no region".to_owned());
+    let all = [
+        plain("allowed_models", policy.allowed_models.as_deref().map(names), model),
+        plain("allowed_classes", classes, class),
+        plain("allowed_regions", policy.allowed_regions.as_deref().map(names), nowhere),
+    ];
+    all.into_iter().flatten().collect()
 }
 
 /// Reads a policy from a JSON file, or from stdin for `-`.
@@ -305,7 +399,6 @@ async fn admin(context: &Context, server: &ServerArgs) -> anyhow::Result<AdminCl
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
-    use protocol::quota::{QuotaRule, Window};
 
     use super::*;
     use crate::args::{Cli, Command, PolicyCommand};
@@ -337,29 +430,93 @@ mod tests {
         }
     }
 
+    const RULES: [QuotaRule; 5] = [
+        QuotaRule::RequestsPerMinute,
+        QuotaRule::RequestsPerDay,
+        QuotaRule::TokensPerMinute,
+        QuotaRule::TokensPerDay,
+        QuotaRule::ConcurrentJobs,
+    ];
+    const NOW: UnixMillis = UnixMillis(1_700_000_000_000);
+
+    fn used(rule: QuotaRule, spent: u64, reserved: u64) -> QuotaState {
+        let resets_at = rule.window().map(|window| window.end(NOW));
+        QuotaState { rule, limit: None, spent, reserved, resets_at }
+    }
+
+    fn explained(policy: &TenantPolicy, states: &[QuotaState], model: &str, tokens: u64) -> Explanation {
+        let model: ModelName = model.parse().expect("a name");
+        let question = Question { model: Some(&model), class: ServiceClass::Standard, tokens };
+        Explanation::of(judge(policy, states, &question, NOW), &question, NOW)
+    }
+
     #[test]
     fn a_policy_is_explained_rule_by_rule() {
-        let now = UnixMillis(1_700_000_000_000);
-        let name = |name: &str| name.parse::<ModelName>().expect("a name");
-        let policy = TenantPolicy { allowed_models: Some(vec![name("a")]), ..TenantPolicy::default() };
-        let state = QuotaState {
-            rule: QuotaRule::TokensPerDay,
-            limit: Some(1_000),
-            spent: 700,
-            reserved: 200,
-            resets_at: Some(Window::Day.end(now)),
+        let policy = TenantPolicy {
+            allowed_models: Some(vec!["a".parse().expect("a name")]),
+            tokens_per_day: Some(1_000),
+            ..TenantPolicy::default()
         };
-        let unlimited = QuotaState { rule: QuotaRule::RequestsPerDay, limit: None, ..state };
-        let ask = |model: &str, tokens| {
-            let question = Question { model: Some(&name(model)), class: ServiceClass::Standard, tokens };
-            judge(&policy, &[unlimited, state], &question, now)
-        };
-        assert!(ask("a", 100).iter().all(|verdict| verdict.allows));
-        let verdicts = ask("b", 101);
-        assert_eq!(verdicts.iter().map(|verdict| verdict.allows).collect::<Vec<_>>(), [false, false]);
-        let row = verdicts[1].row(now);
+        let states = [used(QuotaRule::RequestsPerDay, 9, 9), used(QuotaRule::TokensPerDay, 700, 200)];
+        let ask = |model, tokens| explained(&policy, &states, model, tokens);
+        assert_eq!(ask("a", 100).outcome, Prospect::Admitted);
+        let explanation = ask("b", 101);
+        assert_eq!(explanation.outcome, Prospect::Refused);
+        let [models, tokens] = &explanation.rules[..] else { panic!("{explanation:?}") };
+        assert_eq!((models.allows, tokens.allows), (Some(false), Some(false)));
+        assert_eq!(explanation.refusal, models.refusal, "the first that refuses");
+        let row = tokens.row(NOW);
         assert_eq!(row, ["tokens_per_day", "at most 1000", "700", "200", "100", "1h 46m", "refuses"]);
-        let refusal = verdicts[1].refusal.as_deref().expect("why");
+        let refusal = tokens.refusal.as_deref().expect("why");
         assert!(refusal.contains("700 are used") && refusal.contains("up to 101"), "{refusal}");
+    }
+
+    #[test]
+    fn without_an_orchestrator_only_what_never_fits_is_decided() {
+        let limited = |limit| TenantPolicy { tokens_per_day: Some(limit), ..TenantPolicy::default() };
+        let ask = |policy: &TenantPolicy, tokens| explained(policy, &[], "a", tokens);
+        let explanation = ask(&limited(100), 100);
+        assert_eq!((explanation.outcome, explanation.rules[0].allows), (Prospect::Undecided, None));
+        assert!(explanation.text().contains("cannot be decided"), "{}", explanation.text());
+        assert_eq!(ask(&limited(100), 101).outcome, Prospect::Refused);
+        let none = ask(&limited(0), 1);
+        assert_eq!(none.refusal.as_deref(), Some("the tenant's policy allows no tokens per day (UTC)"));
+        let none = TenantPolicy { requests_per_minute: Some(0), ..TenantPolicy::default() };
+        assert_eq!(ask(&none, 1).outcome, Prospect::Refused);
+        assert_eq!(ask(&TenantPolicy::default(), 1).outcome, Prospect::Admitted, "nothing is limited");
+    }
+
+    #[test]
+    fn the_refusal_is_the_one_that_a_client_would_get() {
+        let policy = TenantPolicy {
+            requests_per_minute: Some(1),
+            requests_per_day: Some(10),
+            tokens_per_minute: Some(100),
+            tokens_per_day: Some(1_000),
+            concurrent_jobs: Some(1),
+            allowed_models: Some(vec!["a".parse().expect("a name")]),
+            ..TenantPolicy::default()
+        };
+        let free = RULES.map(|rule| used(rule, 0, 0));
+        let full = |rules: &[QuotaRule]| {
+            let fill = |state: QuotaState| if rules.contains(&state.rule) { used(state.rule, 1_000, 0) } else { state };
+            free.map(fill)
+        };
+        let refusal = |states: &[QuotaState], model, tokens| {
+            explained(&policy, states, model, tokens).refusal.unwrap_or_default()
+        };
+        let cases = [
+            (vec![], "b", 1, "the model b"),
+            (vec![QuotaRule::RequestsPerMinute], "b", 1, "1 requests per minute"),
+            (vec![QuotaRule::TokensPerDay, QuotaRule::ConcurrentJobs], "a", 1, "1 jobs at the same time"),
+            (vec![QuotaRule::TokensPerMinute, QuotaRule::TokensPerDay], "a", 1, "1000 tokens per day"),
+            (vec![QuotaRule::TokensPerDay], "a", 101, "1000 tokens per day"),
+            (vec![], "a", 101, "100 tokens per minute; set a lower max_tokens"),
+        ];
+        for (rules, model, tokens, expected) in cases {
+            let refusal = refusal(&full(&rules), model, tokens);
+            assert!(refusal.contains(expected), "{rules:?} {model} {tokens}: {refusal}");
+        }
+        assert_eq!(refusal(&free, "a", 100), "");
     }
 }
