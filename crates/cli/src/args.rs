@@ -225,7 +225,7 @@ pub struct NodeArgs {
     #[arg(long, value_name = "HOST:PORT")]
     pub metrics_listen: Option<String>,
     /// File with milliseconds that are added to the clock, for `tether drill`
-    #[arg(long, value_name = "FILE", hide = true)]
+    #[arg(long, value_name = "FILE", hide = true, requires = "with_parent")]
     pub clock_file: Option<PathBuf>,
     /// Ends when the process that started it does
     #[arg(long, hide = true)]
@@ -448,7 +448,8 @@ pub enum PolicyCommand {
     List(ServerArgs),
     /// Show the rules of a tenant
     Show(PolicyShowArgs),
-    /// Set or clear rules of a tenant; others stay. They apply within 2 seconds
+    /// Set or clear rules of a tenant; others stay. They apply within 2 seconds. If two commands change the same tenant at
+    /// the same time, the last one wins, and the changes of the other may be lost
     Set(Box<PolicySetArgs>),
     /// Show which rules apply to a request of a tenant now, what each says, and what would happen
     Explain(PolicyExplainArgs),
@@ -555,7 +556,7 @@ pub struct PolicyExplainArgs {
 /// Whose quotas to show.
 #[derive(Debug, Clone, Args)]
 pub struct QuotaArgs {
-    /// Name of the tenant [default: all that have used something today]
+    /// Name of the tenant [default: all that have used something today, at most 1,000 for each orchestrator]
     pub tenant: Option<TenantId>,
     /// Where the network is
     #[command(flatten)]

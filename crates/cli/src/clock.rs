@@ -6,11 +6,15 @@ use std::sync::Arc;
 
 use protocol::{Clock, UnixMillis};
 use rpc::SystemClock;
+use tracing::warn;
 
 /// Returns the system's clock, or one that is wrong by as many milliseconds as a file says.
 pub fn of(skew: Option<&Path>) -> Arc<dyn Clock> {
     match skew {
-        Some(file) => Arc::new(SkewedClock { file: file.to_owned() }),
+        Some(file) => {
+            warn!(file = %file.display(), "the clock of this node is set by a file; this is for `tether drill` only");
+            Arc::new(SkewedClock { file: file.to_owned() })
+        }
         None => Arc::new(SystemClock),
     }
 }
@@ -29,7 +33,20 @@ impl Clock for SkewedClock {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+    use crate::args::Cli;
+
+    #[test]
+    fn only_a_node_that_ends_with_its_parent_takes_a_clock_file() {
+        for role in ["registry", "orchestrator", "gateway", "worker"] {
+            let parse =
+                |more: &[&str]| Cli::try_parse_from([&["tether", role, "--clock-file", "clock"], more].concat());
+            assert!(parse(&[]).is_err(), "{role}");
+            assert!(parse(&["--with-parent"]).is_ok(), "{role}");
+        }
+    }
 
     #[test]
     fn a_clock_is_wrong_by_what_its_file_says() {
