@@ -135,7 +135,7 @@ impl StreamFormat for Sse {
     }
 }
 
-/// What befell the answer, in its last chunk.
+/// How the job was degraded and continued, in the last chunk of the answer.
 #[derive(Serialize)]
 struct Trailer<'a> {
     /// How often another worker continued it.
