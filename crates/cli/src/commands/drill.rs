@@ -12,10 +12,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::Command;
 
 use self::cell::{Cell, Victim};
-use self::lane::Run;
 use self::network::{Model, Network, Setting};
-use self::report::{CellReport, Report};
+use self::report::{CellReport, Report, Skipped};
 use self::requests::RightAnswers;
+use self::runner::Run;
 use super::serve::end_with_parent;
 use super::{Context, Outcome};
 use crate::args::DrillArgs;
@@ -23,19 +23,21 @@ use crate::output;
 
 mod cell;
 mod client;
-mod lane;
 mod model;
 mod namespaces;
 mod network;
 mod process;
 mod report;
 mod requests;
+mod runner;
 mod verdict;
 
 /// The most networks that run at the same time by default.
 const NETWORKS_MAX: usize = 4;
 /// How long a drill that is told to stop may take to clean up.
 const CLEAN_UP: Duration = Duration::from_mins(1);
+/// What a drill says that was told to stop.
+const STOPPED: &str = "stopped before its end";
 
 pub(super) async fn run(context: Context, args: DrillArgs) -> anyhow::Result<Outcome> {
     end_with_parent(args.with_parent)?;
@@ -74,14 +76,15 @@ async fn run_inside(context: &Context) -> anyhow::Result<Outcome> {
             tokio::time::timeout(CLEAN_UP, child.wait()).await.context("the drill does not end")?
         }
     };
-    match status.context("no word of the drill")?.code() {
+    match status.context("could not learn how the drill ended")?.code() {
         Some(0) => Ok(Outcome::Well),
         Some(1) => Ok(Outcome::Finding),
+        _ if context.stop.is_cancelled() => bail!(STOPPED),
         _ => bail!("the drill could not be run"),
     }
 }
 
-/// What the lanes of a drill share.
+/// What the runners of a drill share.
 struct Drill<'a> {
     context: &'a Context,
     folder: PathBuf,
@@ -111,7 +114,10 @@ async fn drill(
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
     let mut skipped = vec![];
     let is_possible = |cell: &Cell| {
-        why_not(*cell, refusal.as_deref(), args.model.is_some()).map(|reason| skipped.push(reason)).is_none()
+        let reason = why_not(*cell, refusal.as_deref(), args.model.is_some());
+        let is_possible = reason.is_none();
+        skipped.extend(reason.map(|reason| Skipped { cell: cell.to_string(), reason }));
+        is_possible
     };
     let cells: Vec<Cell> = cells.into_iter().filter(is_possible).collect();
     let mut folder = tempfile::tempdir().context("no temporary folder")?;
@@ -125,7 +131,7 @@ async fn drill(
     }
     let runs = runs(&cells, args.kills, seed);
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let lanes = args.networks.map_or(cores.min(NETWORKS_MAX), |lanes| lanes as usize);
+    let runners = args.networks.map_or(cores.min(NETWORKS_MAX), |networks| networks as usize);
     let drill = Drill {
         context,
         folder: folder.path().to_owned(),
@@ -135,14 +141,17 @@ async fn drill(
         right: tokio::sync::OnceCell::new(),
         results: Mutex::default(),
     };
-    join_all((0..lanes).map(|lane| Box::pin(drill.lane(lane, &cells)))).await;
+    join_all((0..runners).map(|number| Box::pin(drill.runner(number, &cells)))).await;
     drill.progress.bar.finish_and_clear();
     if args.keep {
         output::note(format!("the data and logs of the networks are in {}", drill.folder.display()));
+        if drill.runs.contains_key(&Setting::SmallDisks) {
+            output::note("of networks with small disks only the logs are kept: each disk ends with its network");
+        }
     }
     let Results { cells, troubles, skipped: unsupported, .. } =
         drill.results.into_inner().unwrap_or_else(PoisonError::into_inner);
-    skipped.extend(unsupported.into_values().map(str::to_owned));
+    skipped.extend(unsupported.into_iter().map(|(cell, reason)| Skipped { cell, reason: reason.to_owned() }));
     let (cells, seconds) = (cells.into_values().collect(), began.elapsed().as_secs_f64());
     let report = Report { seed, kills: args.kills, seconds, cells, skipped, troubles };
     if context.json {
@@ -151,7 +160,10 @@ async fn drill(
         report.print();
     }
     if context.stop.is_cancelled() {
-        bail!("stopped before its end");
+        bail!(STOPPED);
+    }
+    if report.ran_nothing() {
+        bail!("no cell was run: each one that was chosen was skipped");
     }
     Ok(if report.is_well() { Outcome::Well } else { Outcome::Finding })
 }
@@ -163,7 +175,7 @@ fn why_not(cell: Cell, refusal: Option<&str>, has_model: bool) -> Option<String>
     }
     match (cell.setting(), refusal) {
         (Setting::Cables | Setting::SmallDisks, Some(reason)) => {
-            Some(format!("this machine allows no namespaces of one's own: {reason}"))
+            Some(format!("this machine does not allow unprivileged namespaces: {reason}"))
         }
         (Setting::SmallDisks, None) if has_model => {
             Some("the small disks of this cell hold tether-tiny alone".to_owned())
@@ -185,11 +197,11 @@ fn runs(cells: &[Cell], kills: u32, seed: u64) -> BTreeMap<Setting, VecDeque<Run
 
 impl Drill<'_> {
     /// Works off what is left, network after network.
-    async fn lane(&self, lane: usize, cells: &[Cell]) {
+    async fn runner(&self, number: usize, cells: &[Cell]) {
         let is_stopped = || self.context.stop.is_cancelled();
         for (setting, runs) in &self.runs {
             // One network alone has the names of its cables.
-            if *setting == Setting::Cables && lane > 0 {
+            if *setting == Setting::Cables && number > 0 {
                 continue;
             }
             while !is_stopped() && !lock(runs).is_empty() {
@@ -216,11 +228,12 @@ impl Drill<'_> {
 
     /// Runs cells on one network until none is left or the network is not ready any more.
     async fn work(&self, mut network: Network, runs: &Mutex<VecDeque<Run>>, cells: &[Cell]) -> anyhow::Result<()> {
-        let ask = async || lane::right_answers(&network).await.map(Arc::new);
+        let ask = async || runner::right_answers(&network).await.map(Arc::new);
         let right = self.right.get_or_try_init(ask).await?.clone();
         loop {
             let Some(run) = lock(runs).pop_front() else { break };
-            let Some(sample) = self.context.stop.run_until_cancelled(lane::run(&mut network, run, &right)).await else {
+            let Some(sample) = self.context.stop.run_until_cancelled(runner::run(&mut network, run, &right)).await
+            else {
                 break;
             };
             let at = cells.iter().position(|cell| *cell == run.cell).unwrap_or_default();
@@ -240,7 +253,7 @@ impl Drill<'_> {
                     let trouble = format!("{} (seed {}, run {}): {error:#}", run.cell, run.seed, run.number);
                     output::note(&trouble);
                     lock(&self.results).troubles.push(trouble);
-                    network.abandon();
+                    drop(network);
                     return Ok(());
                 }
             }
@@ -271,7 +284,7 @@ impl Progress {
         Self { bar, last: Mutex::new(Instant::now()) }
     }
 
-    fn passed(&self, run: Run, findings: &[lane::Finding]) {
+    fn passed(&self, run: Run, findings: &[runner::Finding]) {
         self.bar.inc(1);
         self.bar.set_message(run.cell.to_string());
         for finding in findings.iter().filter(|finding| finding.run == run.number) {

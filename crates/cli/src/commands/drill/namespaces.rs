@@ -128,8 +128,9 @@ pub(super) fn mount_disk(folder: &Path, mib: u32) -> anyhow::Result<()> {
     run(&["mount", "-t", "tmpfs", "-o", &format!("size={mib}m,mode=0700"), "tmpfs", &folder])
 }
 
+/// Unmounts a disk, even if a process that is about to end still uses it.
 pub(super) fn unmount(folder: &Path) {
-    let _ = run(&["umount", &folder.display().to_string()]);
+    let _ = run(&["umount", "-l", &folder.display().to_string()]);
 }
 
 /// Writes a file until the disk is full.

@@ -14,7 +14,7 @@ use protocol::jobs::{JobInfo, JobList, JobStatus};
 use serde_json::Value;
 
 use super::namespaces::{self, Namespace};
-use super::process::{Frozen, children, kill};
+use super::process::{Frozen, Handle};
 use crate::client::GatewayClient;
 use crate::data_folder::DataFolder;
 use crate::processes::Processes;
@@ -239,18 +239,17 @@ impl Network {
     }
 
     /// Returns the engine of a worker.
-    pub(super) fn engine(&self, worker: &str) -> anyhow::Result<u32> {
-        children(self.pid(worker)?).first().copied().with_context(|| format!("{worker} has no engine"))
+    pub(super) fn engine(&self, worker: &str) -> anyhow::Result<Handle> {
+        Handle::of_child(self.pid(worker)?).with_context(|| format!("{worker} has no engine"))
     }
 
     pub(super) fn kill_engine(&self, worker: &str) -> anyhow::Result<()> {
-        kill(self.engine(worker)?)
+        self.engine(worker)?.kill()
     }
 
     /// Stops the engines until the returned value is dropped, so that an answer stays where it is.
-    pub(super) fn freeze_engines(&self) -> anyhow::Result<Frozen> {
-        let engines: Vec<u32> = WORKERS.iter().filter_map(|worker| self.engine(worker).ok()).collect();
-        Frozen::new(&engines)
+    pub(super) fn freeze_engines(&self) -> Frozen {
+        Frozen::new(WORKERS.iter().filter_map(|worker| self.engine(worker).ok()))
     }
 
     /// Returns the worker that has the job of a trace, or else any.
@@ -353,21 +352,32 @@ impl Network {
         leftovers
     }
 
-    /// Ends the network at once.
-    pub(super) fn abandon(mut self) {
-        for name in NODES {
-            let _ = self.processes.kill(name);
-        }
-        self.release();
-    }
-
+    /// Gives back what is not in the folder. May be called again.
     fn release(&mut self) {
         self.machines.clear();
         if self.setting == Setting::SmallDisks {
             for node in NODES {
+                self.rescue_logs(node);
                 namespaces::unmount(&self.folder.join(node));
             }
         }
+    }
+
+    /// Copies the logs of a node from its disk, which ends with the network.
+    fn rescue_logs(&self, node: &str) {
+        for log in ["log", "log.before"] {
+            let _ = fs::copy(self.folder.join(node).join(log), self.folder.join(format!("{node}.{log}")));
+        }
+    }
+}
+
+impl Drop for Network {
+    /// Ends the network at once if it has not ended, so that its folder can be removed.
+    fn drop(&mut self) {
+        for name in NODES {
+            let _ = self.processes.kill(name);
+        }
+        self.release();
     }
 }
 

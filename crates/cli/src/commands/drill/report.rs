@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::lane::{Finding, Sample};
+use super::runner::{Finding, Sample};
 use super::verdict::Fault;
 use crate::output;
 
@@ -17,10 +17,17 @@ pub(super) struct Report {
     pub(super) kills: u32,
     pub(super) seconds: f64,
     pub(super) cells: Vec<CellReport>,
-    /// What was not run, and why.
-    pub(super) skipped: Vec<String>,
+    /// The cells that were not run.
+    pub(super) skipped: Vec<Skipped>,
     /// What was found in the stores of the networks after their end, or kept a network from going on.
     pub(super) troubles: Vec<String>,
+}
+
+/// A cell that was not run.
+#[derive(Debug, Serialize)]
+pub(super) struct Skipped {
+    pub(super) cell: String,
+    pub(super) reason: String,
 }
 
 /// The result of a cell.
@@ -98,6 +105,11 @@ impl Report {
         self.troubles.is_empty() && self.cells.iter().all(|cell| cell.findings.is_empty())
     }
 
+    /// Returns whether no cell was run and nothing went wrong, so that nothing was learned.
+    pub(super) fn ran_nothing(&self) -> bool {
+        self.cells.is_empty() && self.troubles.is_empty()
+    }
+
     fn sum(&self) -> CellReport {
         let mut sum = CellReport { cell: "all".to_owned(), ..CellReport::default() };
         for cell in &self.cells {
@@ -153,13 +165,19 @@ impl Report {
         for trouble in &self.troubles {
             output::line(format!("\n{trouble}"));
         }
-        let mut skipped: BTreeMap<&str, usize> = BTreeMap::new();
-        for reason in &self.skipped {
-            *skipped.entry(reason).or_default() += 1;
+        for (reason, cells) in self.skipped() {
+            let count = output::counted(cells.len(), "cell");
+            output::line(format!("skipped {count} ({}): {}", cells.join(", "), output::one_line(reason)));
         }
-        for (reason, count) in skipped {
-            output::line(format!("skipped {}: {reason}", output::counted(count, "cell")));
+    }
+
+    /// Returns the cells that were not run, by the reason.
+    fn skipped(&self) -> BTreeMap<&str, Vec<&str>> {
+        let mut skipped: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for Skipped { cell, reason } in &self.skipped {
+            skipped.entry(reason).or_default().push(cell);
         }
+        skipped
     }
 
     fn described(&self, cell: &CellReport, finding: &Finding) -> String {
@@ -175,5 +193,33 @@ impl Report {
             self.seed,
             self.kills,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_drill_that_skipped_every_cell_has_learned_nothing() {
+        let skip = |cell: &str, reason: &str| Skipped { cell: cell.to_owned(), reason: reason.to_owned() };
+        let mut report = Report {
+            skipped: vec![
+                skip("cut/gateway", "no cables"),
+                skip("kill/engine", "no engine"),
+                skip("cut/worker", "no cables"),
+            ],
+            ..Report::default()
+        };
+        assert!(report.ran_nothing());
+        let skipped = report.skipped();
+        assert_eq!(
+            skipped.into_iter().collect::<Vec<_>>(),
+            [("no cables", vec!["cut/gateway", "cut/worker"]), ("no engine", vec!["kill/engine"])]
+        );
+        report.troubles.push("no network starts".to_owned());
+        assert!(!report.ran_nothing() && !report.is_well());
+        let report = Report { cells: vec![CellReport::default()], ..Report::default() };
+        assert!(!report.ran_nothing() && report.is_well());
     }
 }

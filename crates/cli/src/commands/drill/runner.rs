@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use super::cell::{CROWD, Cell, Injury, REPEATS, SKEWED_FOR, Step, Victim};
 use super::client::{Client, End, Moment, Seen, Tap, TapHandle};
 use super::network::{DRAIN_SECS, Network, WORKERS};
-use super::process::Frozen;
+use super::process::{Frozen, Handle};
 use super::requests::{Question, Request, RightAnswers, Shape, knows};
 use super::verdict::{Fault, judge};
 
@@ -232,7 +232,7 @@ async fn kill_at(
         }
         Step::Reserved | Step::Dispatched => {
             let request = Request::new(question, any, has_key, random);
-            let frozen = network.freeze_engines()?;
+            let frozen = network.freeze_engines();
             load.ask(request.clone(), Tap::default());
             listed(network, request.trace).await?;
             if step == Step::Dispatched {
@@ -244,7 +244,7 @@ async fn kill_at(
             let request = Request::new(question, false, has_key, random);
             load.ask(request.clone(), Tap::default());
             listed(network, request.trace).await?;
-            let frozen = network.freeze_engines()?;
+            let frozen = network.freeze_engines();
             return kill_frozen(network, victim, Some(request.trace), frozen).await;
         }
         Step::Attached | Step::Replayed => {
@@ -255,7 +255,7 @@ async fn kill_at(
             let (tap, handle) = Tap::at(Moment::Text(0));
             load.ask(request.clone(), tap);
             let _hold = reached(handle).await?;
-            let frozen = network.freeze_engines()?;
+            let frozen = network.freeze_engines();
             return kill_frozen(network, victim, Some(request.trace), frozen).await;
         }
         Step::Connected => Moment::Connected,
@@ -277,7 +277,7 @@ async fn kill_at(
     if is_before_answer {
         return kill(network, victim, None).await;
     }
-    let frozen = network.freeze_engines()?;
+    let frozen = network.freeze_engines();
     kill_frozen(network, victim, Some(request.trace), frozen).await
 }
 
@@ -353,7 +353,7 @@ async fn kill_under_many(
         load.ask(if is_one { first.clone() } else { other }, Tap::default());
     }
     let _hold = reached(handle).await?;
-    let frozen = network.freeze_engines()?;
+    let frozen = network.freeze_engines();
     kill_frozen(network, victim, Some(first.trace), frozen).await
 }
 
@@ -377,7 +377,7 @@ async fn begin_load(network: &Network, load: &mut Load, random: &mut fastrand::R
         load.ask(Request::new(question, is_streamed, has_key, random), Tap::default());
     }
     tokio::time::sleep(Duration::from_millis(random.u64(..100))).await;
-    let engines = network.freeze_engines()?;
+    let engines = network.freeze_engines();
     Ok(Scene { worker: network.worker_of(first.trace).await, _hold: hold, _engines: engines })
 }
 
@@ -392,10 +392,11 @@ async fn injure(
     let name = if matches!(victim, Victim::Worker | Victim::Engine) { scene.worker } else { node_of(victim) };
     match injury {
         Injury::Freeze(time) => {
-            let pid = if victim == Victim::Engine { network.engine(name)? } else { network.pid(name)? };
+            let process =
+                if victim == Victim::Engine { network.engine(name)? } else { Handle::of(network.pid(name)?)? };
             // Dropping the scene lets all engines go on, so an engine that is the victim is stopped after it.
             let scene = (victim != Victim::Engine).then_some(scene);
-            let frozen = Frozen::new(&[pid])?;
+            let frozen = Frozen::new([process]);
             drop(scene);
             arrive(load, time, random).await;
             drop(frozen);
