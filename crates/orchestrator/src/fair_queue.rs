@@ -15,7 +15,7 @@ use std::hash::Hash;
 use std::time::Duration;
 
 use protocol::TenantId;
-use protocol::policy::ServiceClass;
+use protocol::policy::{ServiceClass, WEIGHT_MAX};
 
 use self::bounds::{Bounds, Entered};
 use self::group::Group;
@@ -101,9 +101,9 @@ fn span(tokens: u64, weight: u64) -> u64 {
     tokens.saturating_mul(SCALE) / weight.max(1)
 }
 
-/// Returns the weight of a flow.
+/// Returns the weight of a flow. A stored policy may have a larger one of its tenant than can be set.
 fn flow_weight(weight: u32, class: ServiceClass) -> u64 {
-    u64::from(weight.max(1)).saturating_mul(factor(class))
+    u64::from(weight.clamp(1, WEIGHT_MAX)) * factor(class)
 }
 
 impl<G: Clone + Eq + Hash> FairQueue<G> {

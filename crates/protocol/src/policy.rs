@@ -33,7 +33,8 @@ pub struct TenantPolicy {
     /// Number of jobs that may run or wait at the same time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub concurrent_jobs: Option<u32>,
-    /// The tenant's share of capacity while others wait too, relative to other tenants' shares; 1 if omitted.
+    /// The tenant's share of capacity while others wait too, relative to other tenants' shares, 1 to 1000; 1 if
+    /// omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight: Option<u32>,
     /// What may be done with a job that would have to wait long; nothing if omitted.
@@ -61,12 +62,18 @@ impl TenantPolicy {
 /// The most entries of a list in a policy.
 const ENTRIES_MAX: usize = 1_000;
 
+/// The largest share of a tenant, relative to that of a tenant whose policy has no weight.
+pub const WEIGHT_MAX: u32 = 1_000;
+
 /// A policy that cannot be applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidPolicy {
     /// The weight is 0.
     #[error("weight must be at least 1; to let a tenant run nothing, set concurrent_jobs to 0")]
     Weight,
+    /// The weight is above [`WEIGHT_MAX`].
+    #[error("weight must be at most {WEIGHT_MAX}; the shares of tenants are relative, so give others a smaller one")]
+    WeightTooLarge,
     /// Degraded answers would have no tokens.
     #[error("the degraded max_tokens must be at least 1")]
     DegradedTokens,
@@ -116,6 +123,9 @@ impl TenantPolicy {
     pub fn check(&self) -> Result<(), InvalidPolicy> {
         if self.weight == Some(0) {
             return Err(InvalidPolicy::Weight);
+        }
+        if self.weight.is_some_and(|weight| weight > WEIGHT_MAX) {
+            return Err(InvalidPolicy::WeightTooLarge);
         }
         if self.degrade.as_ref().is_some_and(|degrade| degrade.max_tokens == Some(0)) {
             return Err(InvalidPolicy::DegradedTokens);
@@ -267,6 +277,7 @@ mod tests {
             (json!({ "allowedModels": ["Not A Name"] }), "malformed"),
             (json!([]), "malformed"),
             (json!({ "weight": 0 }), "at least 1"),
+            (json!({ "weight": WEIGHT_MAX + 1 }), "at most 1000"),
             (json!({ "degrade": { "maxTokens": 0 } }), "at least 1"),
             (json!({ "allowedModels": vec!["m"; ENTRIES_MAX + 1] }), "more than 1000"),
         ] {

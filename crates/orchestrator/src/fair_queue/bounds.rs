@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use protocol::TenantId;
-use protocol::policy::ServiceClass;
+use protocol::policy::{ServiceClass, WEIGHT_MAX};
 
 use super::{FlowKey, SCALE, Ticket};
 
@@ -42,7 +42,7 @@ struct Tenant {
 }
 
 fn load(jobs: usize, weight: u32) -> u64 {
-    (jobs as u64).saturating_mul(SCALE) / u64::from(weight.max(1))
+    (jobs as u64).saturating_mul(SCALE) / u64::from(weight.clamp(1, WEIGHT_MAX))
 }
 
 impl Bounds {

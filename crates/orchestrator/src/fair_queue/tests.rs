@@ -348,3 +348,11 @@ fn no_job_waits_if_none_may() {
     assert_eq!(queue.enter(standard(0, 1), Duration::ZERO), Err(TooMany::OfAll));
     assert!(queue.is_clean());
 }
+
+#[test]
+fn a_stored_weight_is_no_larger_than_one_that_can_be_set() {
+    for class in CLASSES {
+        assert_eq!(flow_weight(u32::MAX, class), flow_weight(WEIGHT_MAX, class));
+        assert!(span(1, flow_weight(u32::MAX, class)) < span(100, flow_weight(u32::MAX, class)));
+    }
+}
