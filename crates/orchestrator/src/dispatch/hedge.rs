@@ -132,6 +132,8 @@ impl Hedge {
         journey.overtaken(overtaken, waited);
         journey.try_worker(worker_id);
         (journey.attempt_began, journey.request.attempt) = (began, attempt);
+        // Its pace is not measured: when it took the job is not known here.
+        journey.acknowledged_at = None;
         journey.journal.begin(server);
         for event in [JobEvent::GiveUpAttempt, JobEvent::Reserve, JobEvent::Acknowledge] {
             journey.step(event);
