@@ -6,6 +6,7 @@ mod replicas;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -16,6 +17,7 @@ use protocol::prefix::PrefixChain;
 use protocol::{AdapterName, Digest, Region, WorkerId};
 use tokio::time::Instant;
 
+use crate::job_gate::JobGate;
 use crate::scheduler::{Candidate, Refusal};
 use pace::Pace;
 use replicas::{Replica, Replicas};
@@ -99,6 +101,8 @@ pub struct Fleet {
     /// The most jobs beyond its slots that a worker gets while others wait in the orchestrator.
     backlog_max: u32,
     state: RwLock<State>,
+    /// Where jobs wait for the slots.
+    gate: OnceLock<Weak<JobGate>>,
 }
 
 #[derive(Default)]
@@ -154,7 +158,24 @@ impl Worker {
 impl Fleet {
     /// Makes an empty fleet as seen from a region.
     pub fn new(own_region: Region, near_regions: Vec<Region>) -> Self {
-        Self { own_region, near_regions, backlog_max: 0, state: RwLock::default() }
+        Self { own_region, near_regions, backlog_max: 0, state: RwLock::default(), gate: OnceLock::new() }
+    }
+
+    /// Releases jobs that wait at this gate, from now on, when a slot becomes free.
+    pub(crate) fn feed(&self, gate: &Arc<JobGate>) {
+        let _ = self.gate.set(Arc::downgrade(gate));
+    }
+
+    /// Keeps everybody from looking at the workers, until it is dropped.
+    #[cfg(test)]
+    pub(crate) fn hold(&self) -> impl Drop + '_ {
+        self.write()
+    }
+
+    fn tell_gate(&self) {
+        if let Some(gate) = self.gate.get().and_then(Weak::upgrade) {
+            gate.poke();
+        }
     }
 
     /// Lets workers with short jobs have up to so many more than their slots.
@@ -274,6 +295,11 @@ impl Fleet {
 
     /// Takes a worker back that was set aside until `until`, unless it was set aside again since.
     pub fn take_back(&self, worker_id: WorkerId, until: Instant) {
+        self.no_longer_aside(worker_id, until);
+        self.tell_gate();
+    }
+
+    fn no_longer_aside(&self, worker_id: WorkerId, until: Instant) {
         let mut state = self.write();
         if let Some(index) = state.by_id.get(&worker_id).copied()
             && let Some(worker) = &mut state.workers[index]
@@ -301,8 +327,15 @@ impl Fleet {
         }
     }
 
-    /// Adds one to a worker's reserved jobs, or subtracts one if `more` is false.
+    /// Adds one to a worker's reserved jobs, or subtracts one if `more` is false. A waiting job gets the slot then.
     pub fn count_reserved(&self, worker_id: WorkerId, more: bool) {
+        self.count(worker_id, more);
+        if !more {
+            self.tell_gate();
+        }
+    }
+
+    fn count(&self, worker_id: WorkerId, more: bool) {
         let state = self.read();
         let Some(worker) = state.by_id.get(&worker_id).and_then(|index| state.workers[*index].as_ref()) else {
             return;

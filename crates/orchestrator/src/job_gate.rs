@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{self, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -16,13 +16,16 @@ use protocol::queue::{self, QueuePage, WaitReason};
 use protocol::usage::TokenUsage;
 use protocol::{AdapterName, CorrelationId, Digest, Region, TenantId};
 use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::time::{self, Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
 
 use crate::fair_queue::{Arrival, FairQueue, Limits, Ticket, TooMany};
 use crate::fleet::{Fleet, Wanted};
 use crate::metrics::{Metrics, WaitingLabel};
 use crate::scheduler::{self, Supply};
 
+/// How often free slots are looked for while jobs wait, besides when one is known to be free.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How long jobs wait for the only workers that may run them, once those are gone.
 const WORKERS_RETURN_WITHIN: Duration = Duration::from_secs(15);
 /// Tokens of an answer of a model whose answers are not known yet.
@@ -79,6 +82,8 @@ pub(crate) struct Label {
 pub(crate) enum Shed {
     /// The queue was full, and this job's tenant was the farthest over its share.
     OverShare { retry_after: Duration },
+    /// An operator cancelled it.
+    Cancelled,
     /// The orchestrator stops.
     Stopped,
 }
@@ -104,6 +109,7 @@ struct State {
 
 struct Waiter {
     sender: oneshot::Sender<Result<Turn, Shed>>,
+    job: WaitingJob,
     label: Label,
     since: Instant,
 }
@@ -125,6 +131,7 @@ struct Search {
 pub(crate) struct Share {
     gate: Arc<JobGate>,
     ticket: Ticket,
+    job: WaitingJob,
     label: Label,
     since: Instant,
     /// Tokens when the flow was last charged.
@@ -139,6 +146,8 @@ pub(crate) struct QueuePosition {
     gate: Arc<JobGate>,
     ticket: Ticket,
     receiver: oneshot::Receiver<Result<Turn, Shed>>,
+    /// Whether the wait is over. The ticket then belongs to the turn, which may take a new place with it.
+    is_over: bool,
 }
 
 impl JobGate {
@@ -208,25 +217,52 @@ impl JobGate {
         let mut state = self.state.lock();
         let accepted = state.queue.enter(job.clone(), self.now())?;
         self.count(&label, 1);
-        state.waiters.insert(accepted.ticket, Waiter { sender, label, since: Instant::now() });
+        state.waiters.insert(accepted.ticket, Waiter { sender, job, label, since: Instant::now() });
         let shed = accepted.shed.and_then(|shed| state.waiters.remove(&shed));
-        let again = shed.is_some().then(|| retry_after(&state.queue, &job));
+        let shed = shed.map(|shed| (retry_after(&state.queue, &shed.job), shed));
         let released = self.pump(&mut state);
         drop(state);
-        if let Some((shed, retry_after)) = shed.zip(again) {
+        if let Some((retry_after, shed)) = shed {
             self.count(&shed.label, -1);
             let _ = shed.sender.send(Err(Shed::OverShare { retry_after }));
         }
         send(released);
-        Ok(QueuePosition { gate: self.clone(), ticket: accepted.ticket, receiver })
+        Ok(QueuePosition { gate: self.clone(), ticket: accepted.ticket, receiver, is_over: false })
     }
 
-    /// Releases the jobs that have room now.
+    /// Releases the jobs that have room now. A slot must be free before this is called.
     pub(crate) fn poke(self: &Arc<Self>) {
+        // Whoever frees a slot writes that first and then reads whether somebody waits. `pump` does the two the other
+        // way round, so that one of them sees the other.
+        atomic::fence(Ordering::SeqCst);
         if !self.is_quiet() {
             let released = self.pump(&mut self.state.lock());
             send(released);
         }
+    }
+
+    /// Looks for room again and again until `stop` is cancelled: workers that were set aside come back without a
+    /// report, and jobs give up on workers that are gone.
+    pub(crate) async fn run(self: Arc<Self>, stop: CancellationToken) {
+        let mut ticks = time::interval(LOOK_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+            self.poke();
+        }
+    }
+
+    /// Ends the wait of the jobs of a request. Returns how many waited.
+    pub(crate) fn cancel(self: &Arc<Self>, id: CorrelationId) -> usize {
+        let mut state = self.state.lock();
+        let of_request = state.waiters.iter().filter(|(_, waiter)| waiter.label.correlation_id == id);
+        let tickets: Vec<Ticket> = of_request.map(|(ticket, _)| *ticket).collect();
+        let cancelled: Vec<Waiter> = tickets.into_iter().filter_map(|ticket| self.remove(&mut state, ticket)).collect();
+        drop(state);
+        let count = cancelled.len();
+        for waiter in cancelled {
+            let _ = waiter.sender.send(Err(Shed::Cancelled));
+        }
+        count
     }
 
     /// Lists the waiting jobs, the next ones of each group first.
@@ -262,6 +298,8 @@ impl JobGate {
 
     /// Releases jobs as long as there is room for them.
     fn pump(self: &Arc<Self>, state: &mut State) -> Vec<(Waiter, Turn)> {
+        self.publish(state);
+        atomic::fence(Ordering::SeqCst);
         let now = Instant::now();
         let waiting = state.queue.len();
         let supplies = state.queue.groups().map(|group| (group.clone(), self.supply(group)));
@@ -287,9 +325,9 @@ impl JobGate {
             };
             state.released += 1;
             self.count(&waiter.label, -1);
-            let (label, since) = (waiter.label.clone(), waiter.since);
+            let (job, label, since) = (waiter.job.clone(), waiter.label.clone(), waiter.since);
             let gate = self.clone();
-            let share = Share { gate, ticket, label, since, charged: 0, tokens: 0, is_given_back: false };
+            let share = Share { gate, ticket, job, label, since, charged: 0, tokens: 0, is_given_back: false };
             let search = Search { gate: self.clone(), is_over: false };
             turns.push((waiter, Turn { share: Some(share), search }));
         }
@@ -337,14 +375,18 @@ fn retry_after(queue: &FairQueue<Arc<Group>>, job: &WaitingJob) -> Duration {
 impl QueuePosition {
     /// Waits for the job's turn. Cancel safe.
     pub(crate) async fn turn(&mut self) -> Result<Turn, Shed> {
-        (&mut self.receiver).await.unwrap_or(Err(Shed::Stopped))
+        let turn = (&mut self.receiver).await.unwrap_or(Err(Shed::Stopped));
+        self.is_over = true;
+        turn
     }
 }
 
 impl Drop for QueuePosition {
     fn drop(&mut self) {
-        let gate = &self.gate;
-        gate.remove(&mut gate.state.lock(), self.ticket);
+        if !self.is_over {
+            let gate = &self.gate;
+            gate.remove(&mut gate.state.lock(), self.ticket);
+        }
     }
 }
 
@@ -364,16 +406,17 @@ impl Turn {
         let mut share = self.share.take()?;
         self.search.end();
         share.is_given_back = true;
-        let (gate, ticket, label, since) = (&share.gate, share.ticket, share.label.clone(), share.since);
+        let (gate, ticket, since) = (&share.gate, share.ticket, share.since);
+        let (job, label) = (share.job.clone(), share.label.clone());
         let (sender, receiver) = oneshot::channel();
         let mut state = gate.state.lock();
         state.queue.give_back(ticket, gate.now());
         gate.count(&label, 1);
-        state.waiters.insert(ticket, Waiter { sender, label, since });
+        state.waiters.insert(ticket, Waiter { sender, job, label, since });
         let released = gate.pump(&mut state);
         drop(state);
         send(released);
-        Some(QueuePosition { gate: gate.clone(), ticket, receiver })
+        Some(QueuePosition { gate: gate.clone(), ticket, receiver, is_over: false })
     }
 }
 
@@ -413,3 +456,6 @@ impl Drop for Share {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -66,7 +66,7 @@ impl Orchestrator {
         Ok(self.gate.list(operation.request.limit.min(QUEUE_PAGE_MAX) as usize))
     }
 
-    /// Cancels the running jobs of a request, and waits until they are settled, but not long.
+    /// Cancels the jobs of a request that run or wait, and waits until those that run are settled, but not long.
     pub(crate) async fn cancel_jobs(
         self: Arc<Self>,
         _: Caller,
@@ -74,6 +74,10 @@ impl Orchestrator {
     ) -> Result<JobsCancelled, WireError> {
         self.operators.check(&operation.token).await?;
         let id = operation.request.correlation_id;
+        let waited = self.gate.cancel(id);
+        if waited > 0 {
+            info!(correlation_id = %id, jobs = waited, "an operator cancels waiting jobs");
+        }
         let cancelled = self.reservations.cancel(id);
         if cancelled.is_empty() {
             return Ok(JobsCancelled::default());

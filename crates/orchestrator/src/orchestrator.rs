@@ -158,7 +158,6 @@ impl Orchestrator {
             if let ControlFlow::Break(end) = self.after(&mut journey, end, delivery).await {
                 break end;
             }
-            self.gate.poke();
         };
         self.tell_breakers(&mut journey, &end);
         self.finalise(journey, end, delivery).await
@@ -515,7 +514,6 @@ impl Orchestrator {
             }
             None => Ok(Finalised::Settled),
         };
-        self.gate.poke();
         if let AttemptEnd::Complete { .. } = &end {
             self.note_completed(&journey, usage, ended);
         }
@@ -743,6 +741,7 @@ impl Orchestrator {
         let fleet = Arc::new(fleet);
         let limits = Limits { jobs_max: config.queue_max, tenant_jobs_max: config.tenant_queue_max };
         let gate = Arc::new(JobGate::new(fleet.clone(), metrics.clone(), limits));
+        fleet.feed(&gate);
         let mut regions = vec![region.clone()];
         regions.extend(config.near_regions.iter().cloned());
         let marks = store.high_waters().await?;
@@ -815,6 +814,10 @@ impl Orchestrator {
         background.spawn({
             let (orchestrator, ended) = (orchestrator.clone(), ended.clone());
             async move { orchestrator.reservations.run(ended).await }
+        });
+        background.spawn({
+            let (gate, ended) = (orchestrator.gate.clone(), ended.clone());
+            async move { gate.run(ended).await }
         });
 
         background.spawn({

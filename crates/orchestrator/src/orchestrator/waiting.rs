@@ -185,7 +185,6 @@ impl Orchestrator {
                 }
                 () = time::sleep(PROGRESS_WITHIN) => {}
             }
-            self.gate.poke();
             if journey.wants_progress && delivery.send_progress(&waiting_chunk(journey)).await.is_err() {
                 return Err(gone());
             }
@@ -208,6 +207,7 @@ impl Orchestrator {
 /// Returns the error of a job that had to leave the queue.
 fn left(journey: &mut Journey, why: Shed) -> WireError {
     match why {
+        Shed::Cancelled => refusals::cancelled(),
         Shed::Stopped => WireError::new(ErrorCode::Unavailable, "the orchestrator is stopping, try again"),
         Shed::OverShare { retry_after } => {
             let message = "too many jobs wait, and this tenant has more of them than its share, try again later";
