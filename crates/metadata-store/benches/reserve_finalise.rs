@@ -68,6 +68,7 @@ async fn client_loop(store: Arc<SqliteStore>, client: u16, end: Instant) -> Vec<
             state: TerminalState::Completed,
             finish_reason: None,
             error: None,
+            is_bounded: false,
             usage: Some(TokenUsage {
                 prompt_tokens: 100,
                 completion_tokens: 200,

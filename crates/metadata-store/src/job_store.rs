@@ -28,7 +28,8 @@ pub trait JobStore: Store {
     async fn reserve(&self, job: NewJob) -> Result<Reserved, ReserveError>;
 
     /// Moves a job to another worker as its next attempt, and frees its previous reservation. What it holds of its
-    /// tenant's quotas stays.
+    /// tenant's quotas stays, or is raised, in the windows in which the job was reserved, to what it may use there,
+    /// unless a limit would be exceeded.
     ///
     /// Only the attempt named in `from_attempt` can be moved, and only while the job is unsettled.
     async fn reassign(&self, reassignment: Reassignment) -> Result<(), ReassignError>;
@@ -167,6 +168,10 @@ pub struct Reassignment {
     pub now: UnixMillis,
     /// When the new reservation expires unless it is renewed.
     pub lease_until: UnixMillis,
+    /// The limits of its tenant.
+    pub limits: QuotaLimits,
+    /// The most tokens, of prompt and answers, that it may be billed there. It holds no less than before.
+    pub tokens: u64,
     /// The attempts that have ended.
     pub history: Vec<AttemptRecord>,
 }
@@ -184,6 +189,8 @@ pub struct Settlement {
     pub error: Option<JobError>,
     /// The tokens it used. Billed if the job is completed or cancelled, and dropped otherwise.
     pub usage: Option<TokenUsage>,
+    /// Whether it is billed no more than it holds, because its tenant's tokens are limited.
+    pub is_bounded: bool,
     pub answer: Option<SealedAnswer>,
     pub now: UnixMillis,
     /// The attempts that have ended.
@@ -418,6 +425,9 @@ pub enum ReassignError {
     /// The worker has reached its reservation limit: try another.
     #[error("worker {} has no free slot", .worker_id.short())]
     NoCapacity { worker_id: WorkerId },
+    /// The job may use more there, and would exceed a limit of its tenant.
+    #[error(transparent)]
+    Quota(Box<QuotaRefusal>),
     #[error("could not move the reservation")]
     Store(#[from] StoreError),
 }

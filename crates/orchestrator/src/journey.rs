@@ -70,6 +70,8 @@ pub struct Journey {
     pub permit: Option<JobPermit>,
     /// The most tokens of each answer, if the request sets none and the tenant's tokens are limited.
     pub answer_tokens: Option<u32>,
+    /// Length of the request as its first worker got it.
+    pub request_bytes: Option<usize>,
     /// The model that the request names. A tenant's policy may have removed it from `builds`.
     requested: ModelKey,
     /// The other models that the request names.
@@ -174,6 +176,7 @@ impl Journey {
             policy: Arc::default(),
             permit: None,
             answer_tokens: None,
+            request_bytes: None,
             deadline,
             wants_progress,
             tried: vec![],
@@ -214,13 +217,18 @@ impl Journey {
         }
     }
 
-    /// Returns the request as workers get it.
+    /// Returns the request as its worker gets it.
     pub fn sent(&self) -> Cow<'_, InferRequest> {
-        if self.answer_tokens.is_none() {
+        self.limited_to(self.answer_tokens)
+    }
+
+    /// Returns the request as a worker gets it that may make so many tokens of each answer.
+    pub fn limited_to(&self, answer_tokens: Option<u32>) -> Cow<'_, InferRequest> {
+        if answer_tokens.is_none() {
             return Cow::Borrowed(&self.request);
         }
         let mut request = self.request.clone();
-        request.input.max_tokens = self.answer_tokens;
+        request.input.max_tokens = answer_tokens;
         Cow::Owned(request)
     }
 

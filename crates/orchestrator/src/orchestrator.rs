@@ -286,11 +286,12 @@ impl Orchestrator {
         delivery: &mut Delivery,
     ) -> Result<(), WireError> {
         journey.try_worker(worker.worker_id);
+        let claim = self.claim(journey, worker.worker_id);
+        journey.answer_tokens = claim.answer_tokens;
         let (model, history) = (journey.model().clone(), journey.history().to_vec());
         if let Some(reservation) = &mut journey.reservation {
-            reservation.reassign(model, worker.worker_id, worker.capacity, history).await?;
+            reservation.reassign(model, worker.worker_id, worker.capacity, claim, history).await?;
         } else {
-            let claim = self.claim(journey, worker.worker_id);
             let counted = self.reservations.count(worker.worker_id);
             if let Some(turn) = journey.turn.take() {
                 journey.share = turn.taken();

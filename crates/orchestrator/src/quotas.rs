@@ -27,12 +27,14 @@ use crate::refusals;
 /// How many tenants' quotas are read at the same time for a list.
 const QUOTAS_AT_ONCE: usize = 16;
 
-/// What a job takes of its tenant's quotas.
+/// What a job takes of its tenant's quotas on a worker.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Claim {
     pub limits: QuotaLimits,
     /// The most tokens, of prompt and answers, that it can be billed.
     pub tokens: u64,
+    /// The most tokens of each answer, if the request sets none and its tenant's tokens are limited.
+    pub answer_tokens: Option<u32>,
 }
 
 /// The quotas of tenants.
@@ -127,7 +129,7 @@ impl Orchestrator {
         if used.any(|region| allowed.contains(region)) { Ok(()) } else { Err(refusals::residency(allowed)) }
     }
 
-    /// Returns what a job that begins on a worker takes of its tenant's quotas.
+    /// Returns what a job takes of its tenant's quotas if a worker runs it.
     pub(crate) fn claim(&self, journey: &mut Journey, worker_id: WorkerId) -> Claim {
         let limits = QuotaLimits::of(&journey.policy);
         let context_length = self.fleet.context_length(worker_id, journey.model());
@@ -135,10 +137,13 @@ impl Orchestrator {
         let is_open = input.max_tokens.is_none() && input.embed.is_none() && !input.count_only;
         let most = self.config.quota_answer_tokens.max(1);
         let is_long = context_length == 0 || context_length > most;
-        journey.answer_tokens = (limits.limits_tokens() && is_open && is_long).then_some(most);
-        let request = journey.sent();
-        let tokens = Bounds::of(&request, codec::encode(&*request).len(), context_length).tokens();
-        Claim { limits, tokens }
+        let answer_tokens = (limits.limits_tokens() && is_open && is_long).then_some(most);
+        let request = journey.limited_to(answer_tokens);
+        // A part of the answer that was delivered makes the request longer, and the prompt stays the same.
+        let request_bytes = journey.request_bytes.unwrap_or_else(|| codec::encode(&*request).len());
+        let tokens = Bounds::of(&request, request_bytes, context_length).tokens();
+        journey.request_bytes = Some(request_bytes);
+        Claim { limits, tokens, answer_tokens }
     }
 
     /// Has the caller told what is left of its tenant's tokens, if they are limited.

@@ -80,6 +80,8 @@ pub struct Reservation {
     /// Number of the attempt, counted from 1.
     pub attempt: u32,
     pub stop: Stop,
+    /// Whether its tenant's tokens are limited, so that it is billed no more than it holds.
+    is_bounded: bool,
 }
 
 /// Counts a job on a worker until dropped. Counting starts when the worker is chosen, before the reservation is
@@ -246,7 +248,7 @@ impl ReservationManager {
     ) -> Result<Reservation, WireError> {
         let worker_id = counted.worker_id;
         let now = self.clock.now();
-        let key = key_of(request);
+        let (key, is_bounded) = (key_of(request), claim.limits.limits_tokens());
         let job = NewJob {
             key: key.clone(),
             trace_id: request.trace_id,
@@ -271,7 +273,7 @@ impl ReservationManager {
         };
         self.lock().insert(key.clone(), Held { attempt: Some(attempt), stop: stop.clone() });
         self.metrics.reservations_active.inc();
-        Ok(Reservation { manager: self.clone(), counted, key, worker_id, attempt, stop })
+        Ok(Reservation { manager: self.clone(), counted, key, worker_id, attempt, stop, is_bounded })
     }
 
     pub(crate) async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, WireError> {
@@ -396,6 +398,7 @@ impl Reservation {
         model: ModelKey,
         worker_id: WorkerId,
         worker_capacity: u32,
+        claim: Claim,
         history: Vec<AttemptRecord>,
     ) -> Result<(), WireError> {
         let manager = &self.manager;
@@ -409,6 +412,8 @@ impl Reservation {
             worker_capacity,
             now,
             lease_until: now.after(manager.lease),
+            limits: claim.limits,
+            tokens: claim.tokens,
             history,
         };
         manager.hold(&self.key, None);
@@ -416,6 +421,7 @@ impl Reservation {
         manager.hold(&self.key, Some(self.attempt + u32::from(moved.is_ok())));
         moved.map_err(|error| match error {
             ReassignError::Store(error) => store_error(&error),
+            ReassignError::Quota(refusal) => refusal.error(now),
             ReassignError::NoCapacity { .. } => worker_full(error.to_string()),
             ReassignError::NotFound | ReassignError::Stale { .. } => {
                 WireError::new(ErrorCode::StaleAttempt, error.to_string())
@@ -437,6 +443,7 @@ impl Reservation {
             finish_reason: ending.finish_reason,
             error: ending.error.map(|error| JobError { code: error.code, message: error.message }),
             usage: ending.usage,
+            is_bounded: self.is_bounded,
             answer: ending.answer,
             now: self.manager.clock.now(),
             history: ending.history,

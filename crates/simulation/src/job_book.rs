@@ -245,6 +245,7 @@ impl From<ReassignError> for Outcome {
             ReassignError::Stale { state, attempt } => Self::CannotMove { state, attempt },
             ReassignError::NoCapacity { .. } => Self::Full,
             ReassignError::NotFound => Self::NotFound,
+            ReassignError::Quota(refusal) => panic!("no limit applies: {refusal}"),
             ReassignError::Store(error) => panic!("the store failed: {error}"),
         }
     }

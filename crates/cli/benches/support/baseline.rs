@@ -92,6 +92,7 @@ pub(crate) async fn two_commits(store: &dyn JobStore, number: u128) -> (Duration
         finish_reason: None,
         error: None,
         usage: None,
+        is_bounded: false,
         now,
         history: vec![],
         continued: 0,

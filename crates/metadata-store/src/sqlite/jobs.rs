@@ -150,7 +150,7 @@ pub(super) fn finalise(
             ":now": integer(now.0),
             ":job_id": job_id,
         })?;
-    let usage = reservations::free(connection, job_id, usage.filter(|_| state.is_billed()))?;
+    let usage = reservations::free(connection, job_id, usage.filter(|_| state.is_billed()), settlement.is_bounded)?;
     // A job of which the caller acknowledged nothing gets no line in the ledger.
     if let Some(usage) = usage.filter(|usage| *usage != TokenUsage::default()) {
         usage::bill(connection, job_id, &usage)?;

@@ -7,7 +7,7 @@ use protocol::{TenantId, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::row::{self, integer};
-use crate::job_store::NewJob;
+use crate::job_store::{NewJob, Reassignment};
 
 /// The most tokens that one job reserves, so that sums do not overflow. No job uses as many.
 const TOKENS_MAX: u64 = 1 << 40;
@@ -20,8 +20,8 @@ pub(super) struct Held {
 }
 
 /// Returns the tokens that a job reserves.
-pub(super) fn tokens_of(job: &NewJob) -> i64 {
-    integer(job.tokens.min(TOKENS_MAX))
+pub(super) fn tokens_of(tokens: u64) -> i64 {
+    integer(tokens.min(TOKENS_MAX))
 }
 
 /// Checks that a job fits within its tenant's limits.
@@ -42,12 +42,49 @@ pub(super) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result
                 "UPDATE quota_windows SET tokens_reserved = tokens_reserved + ?4, requests_reserved = requests_reserved + 1
                  WHERE tenant_id = ?1 AND window = ?2 AND window_start = ?3",
             )?
-            .execute((job.key.tenant_id.as_str(), window.as_str(), integer(start.0), tokens_of(job)))?;
+            .execute((job.key.tenant_id.as_str(), window.as_str(), integer(start.0), tokens_of(job.tokens)))?;
         if added == 0 {
             begin(connection, job, window, start)?;
         }
     }
     Ok(())
+}
+
+/// Raises what a job holds to what it may use on its next worker, if that is more and fits within the limits. It stays
+/// in the windows in which it was reserved.
+pub(super) fn raise(
+    connection: &Connection,
+    job_id: i64,
+    reassignment: &Reassignment,
+) -> rusqlite::Result<Result<(), QuotaRefusal>> {
+    let Reassignment { key, limits, tokens, .. } = reassignment;
+    let tokens = (*tokens).min(TOKENS_MAX);
+    let Some(held) = held(connection, job_id)?.filter(|held| held.tokens < tokens) else { return Ok(Ok(())) };
+    // It is counted among the requests and the running jobs already.
+    let limits = QuotaLimits { requests_per_day: None, concurrent_jobs: None, ..*limits };
+    if !limits.is_empty() {
+        let mut others = usage(connection, &key.tenant_id, &limits, held.reserved_at)?;
+        for amount in [&mut others.minute_tokens, &mut others.day_tokens] {
+            amount.reserved = amount.reserved.saturating_sub(held.tokens);
+        }
+        if let Err(refusal) = others.check(&limits, tokens, held.reserved_at) {
+            return Ok(Err(refusal));
+        }
+    }
+    let more = integer(tokens - held.tokens);
+    for window in Window::ALL {
+        let start = window.start(held.reserved_at);
+        connection
+            .prepare_cached(
+                "UPDATE quota_windows SET tokens_reserved = tokens_reserved + ?4
+                 WHERE tenant_id = ?1 AND window = ?2 AND window_start = ?3",
+            )?
+            .execute((&held.tenant_id, window.as_str(), integer(start.0), more))?;
+    }
+    connection
+        .prepare_cached("UPDATE reservations SET tokens = ?2 WHERE job_id = ?1")?
+        .execute((job_id, integer(tokens)))?;
+    Ok(Ok(()))
 }
 
 /// Begins a window, and removes the tenant's earlier ones in which nothing is reserved.
@@ -64,7 +101,7 @@ fn begin(connection: &Connection, job: &NewJob, window: Window, start: UnixMilli
             "INSERT INTO quota_windows (tenant_id, window, window_start, tokens_reserved, requests_reserved)
              VALUES (?1, ?2, ?3, ?4, 1)",
         )?
-        .execute((tenant_id, window.as_str(), integer(start.0), tokens_of(job)))?;
+        .execute((tenant_id, window.as_str(), integer(start.0), tokens_of(job.tokens)))?;
     Ok(())
 }
 

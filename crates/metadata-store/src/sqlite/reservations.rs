@@ -103,7 +103,8 @@ pub(super) fn reassign(
     connection: &Connection,
     reassignment: &Reassignment,
 ) -> rusqlite::Result<Result<(), ReassignError>> {
-    let Reassignment { key, from_attempt, model, worker_id, worker_capacity, now, lease_until, history } = reassignment;
+    let Reassignment { key, from_attempt, model, worker_id, worker_capacity, now, lease_until, history, .. } =
+        reassignment;
     let Some((job_id, job)) = jobs::standing(connection, key)? else { return Ok(Err(ReassignError::NotFound)) };
     if let Err(stale) = fencing::check_move(&job, *from_attempt) {
         return Ok(Err(stale));
@@ -112,6 +113,9 @@ pub(super) fn reassign(
         return Ok(Err(ReassignError::NoCapacity { worker_id: *worker_id }));
     }
     // What the job holds of its tenant's quotas goes with it.
+    if let Err(refusal) = quotas::raise(connection, job_id, reassignment)? {
+        return Ok(Err(ReassignError::Quota(Box::new(refusal))));
+    }
     connection
         .prepare_cached("UPDATE reservations SET worker_id = ?2, lease_until = ?3 WHERE job_id = ?1")?
         .execute((job_id, worker_id.0, integer(lease_until.0)))?;
@@ -158,26 +162,28 @@ fn hold(connection: &Connection, job_id: i64, job: &NewJob) -> rusqlite::Result<
             job.worker_id.0,
             integer(job.lease_until.0),
             job.key.tenant_id.as_str(),
-            quotas::tokens_of(job),
+            quotas::tokens_of(job.tokens),
             integer(job.now.0),
         ))?;
     quotas::reserve(connection, job)
 }
 
-/// Frees a job's slot and what it holds of its tenant's quotas. Returns what is billed of `usage`: no more than the job
-/// held.
+/// Frees a job's slot and what it holds of its tenant's quotas. Returns what is billed of `usage`: if `is_bounded`, no
+/// more than the job held.
 pub(super) fn free(
     connection: &Connection,
     job_id: i64,
     usage: Option<TokenUsage>,
+    is_bounded: bool,
 ) -> rusqlite::Result<Option<TokenUsage>> {
-    let Some(held) = quotas::held(connection, job_id)? else { return Ok(usage) };
-    let billed = usage.map(|usage| quota::within(usage, held.tokens));
+    let held = quotas::held(connection, job_id)?;
+    connection.prepare_cached("DELETE FROM reservations WHERE job_id = ?1")?.execute((job_id,))?;
+    let Some(held) = held else { return Ok(usage) };
+    let billed = usage.map(|usage| if is_bounded { quota::within(usage, held.tokens) } else { usage });
     // A job that costs nothing may run again, and its request does not count either.
     let spent = billed.map(|usage| u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens));
     let spent = spent.filter(|spent| *spent > 0);
     quotas::settle(connection, &held, spent)?;
-    connection.prepare_cached("DELETE FROM reservations WHERE job_id = ?1")?.execute((job_id,))?;
     Ok(billed)
 }
 
@@ -232,7 +238,7 @@ fn release(connection: &Connection, jobs: Vec<i64>, now: UnixMillis, why: &str) 
         .map(|job_id| {
             let code = ErrorCode::WorkerFailed.as_str();
             fail.execute((job_id, code, why, integer(now.0)))?;
-            free(connection, job_id, None)?;
+            free(connection, job_id, None, false)?;
             // No dead letter: that its orchestrator went away says nothing of the job, and only the orchestrator had
             // its request.
             let mut job = jobs::find_by_id(connection, job_id)?;

@@ -14,8 +14,8 @@ use protocol::usage::TokenUsage;
 use protocol::{TenantId, UnixMillis};
 use rusqlite::Connection;
 use tether_metadata_store::{
-    Finalised, JobKey, JobStore, NewJob, Reassignment, ReserveError, Reserved, Settlement, SqliteStore, StoreOptions,
-    TerminalState,
+    Finalised, JobKey, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved, Settlement, SqliteStore,
+    StoreOptions, TerminalState,
 };
 use tokio::task::JoinSet;
 
@@ -79,7 +79,7 @@ async fn act(store: Arc<SqliteStore>, round: u64, client: u64) {
     for number in 0_u64.. {
         let (tenant_id, limits) = tenants()[random.below(3) as usize].clone();
         let key = JobKey { tenant_id, ..key(u128::from(round) << 64 | u128::from(client) << 40 | u128::from(number)) };
-        let tokens = random.below(1_000);
+        let mut tokens = random.below(1_000);
         let new = NewJob { now, lease_until: now.after(LEASE), limits, tokens, worker_capacity: u32::MAX, ..job(0) };
         done += 1;
         match store.reserve(NewJob { key: key.clone(), ..new }).await {
@@ -90,9 +90,14 @@ async fn act(store: Arc<SqliteStore>, round: u64, client: u64) {
         let mut attempt = 1;
         if random.below(4) == 0 {
             let (worker_id, lease_until) = (worker(1), now.after(LEASE));
+            let more = random.below(1_500);
             let moved = Reassignment { key: key.clone(), worker_id, lease_until, now, ..reassignment(0) };
-            store.reassign(Reassignment { worker_capacity: u32::MAX, ..moved }).await.expect("nobody else moves it");
-            (attempt, done) = (2, done + 1);
+            match store.reassign(Reassignment { limits, tokens: more, worker_capacity: u32::MAX, ..moved }).await {
+                Ok(()) => (attempt, tokens) = (2, tokens.max(more)),
+                Err(ReassignError::Quota(_)) => {}
+                other => panic!("nobody else moves it: {other:?}"),
+            }
+            done += 1;
         }
         match random.below(16) {
             // Given up: its lease expires in a later round.

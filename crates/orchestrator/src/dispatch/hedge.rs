@@ -15,6 +15,7 @@ use super::{ChunkHead, Relayed, Target};
 use crate::bounds::Bounds;
 use crate::job::JobEvent;
 use crate::journey::Journey;
+use crate::quotas::Claim;
 use crate::scheduler::Placement;
 
 /// What starts second workers.
@@ -35,6 +36,8 @@ pub struct Hedge {
     pub worker_id: WorkerId,
     /// The most reservations that the worker may hold.
     pub capacity: u32,
+    /// What the job takes of its tenant's quotas there.
+    pub claim: Claim,
     pub model: ModelKey,
     /// What runs the model there, if it is not an engine of the worker.
     pub server: Option<ModelServer>,
@@ -118,7 +121,7 @@ impl Hedge {
         journey: &mut Journey,
         waited: Duration,
     ) -> Result<BegunAnswer, WireError> {
-        let Self { worker_id, capacity, model, server, began, answer, replaced } = *self;
+        let Self { worker_id, capacity, claim, model, server, began, answer, replaced } = *self;
         let overtaken = journey.overtaken_attempt();
         let mut history = journey.history().to_vec();
         history.extend(overtaken.clone());
@@ -126,8 +129,9 @@ impl Hedge {
             return Err(WireError::new(ErrorCode::InternalError, "a job was to move without a reservation"));
         };
         // The worker holds one reservation for this job already, which ends as soon as this one is written.
-        reservation.reassign(model, worker_id, capacity.saturating_add(1), history).await?;
+        reservation.reassign(model, worker_id, capacity.saturating_add(1), claim, history).await?;
         let attempt = reservation.attempt;
+        journey.answer_tokens = claim.answer_tokens;
         let _ = replaced.send(());
         journey.overtaken(overtaken, waited);
         journey.try_worker(worker_id);

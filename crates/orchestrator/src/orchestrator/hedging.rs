@@ -18,6 +18,7 @@ use crate::dispatch::Target;
 use crate::dispatch::hedge::{self, Hedge, Racing, StartHedge};
 use crate::journey::Journey;
 use crate::metrics::{HedgeLabel, Metrics};
+use crate::quotas::Claim;
 use crate::reservation_manager::{Ending, Reservation, ReservationManager};
 use crate::scheduler::{self, Placement};
 
@@ -71,7 +72,8 @@ impl StartHedge for Orchestrator {
             self.count_hedge("no_worker");
             return None;
         };
-        let request = request_of_hedge(&journey.sent())?;
+        let claim = self.claim(journey, worker.worker_id);
+        let request = request_of_hedge(&journey.limited_to(claim.answer_tokens))?;
         if !self.has_retry(&request.tenant_id) {
             self.count_hedge("no_budget");
             return None;
@@ -85,6 +87,7 @@ impl StartHedge for Orchestrator {
             metrics: self.metrics.clone(),
             target: Target { worker_id, timeouts: self.timeouts(journey), context_length },
             capacity: worker.capacity,
+            claim,
             server: self.fleet.server(worker_id, &model),
             model,
             request,
@@ -111,6 +114,7 @@ struct SecondWorker {
     metrics: Metrics,
     target: Target,
     capacity: u32,
+    claim: Claim,
     server: Option<ModelServer>,
     model: ModelKey,
     request: InferRequest,
@@ -156,6 +160,7 @@ impl SecondWorker {
         let hedge = Hedge {
             worker_id: self.target.worker_id,
             capacity: self.capacity,
+            claim: self.claim,
             model: self.model.clone(),
             server: self.server,
             began,

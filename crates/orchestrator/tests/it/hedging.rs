@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use metadata_store::{DurableState, TerminalState};
 use protocol::ErrorCode;
+use protocol::health::HealthReport;
 use protocol::infer::InferRequest;
 use protocol::jobs::{JOB_LIST, JobPage, JobQuery};
+use protocol::policy::TenantPolicy;
 use tether_orchestrator::Config;
 use tokio::time;
 
@@ -117,6 +119,30 @@ async fn both_workers_hold_a_reservation_until_one_has_answered() {
     two.cancelled.notified().await;
     is_counted(&stand, "lost").await;
     assert_eq!((stand.store.active_reservations().await.expect("readable"), stand.usage().await.len()), (vec![], JOBS));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_may_use_what_its_second_worker_may_use() {
+    let config = Config { policy_cache_secs: 0, ..hedging() };
+    let (stand, one, two) = hedged(config, Manner::Wait, Manner::AnswerLong(20_000)).await;
+    for (worker, context_length) in [(&one, 4_096), (&two, 131_072)] {
+        let change = |report: &mut HealthReport| report.model_cache[0].context_length = context_length;
+        worker.report(&stand, change).await.expect("believed");
+    }
+    *stand.policy.lock() = TenantPolicy { tokens_per_day: Some(1_000_000), ..TenantPolicy::default() };
+    let mut job = stand.job();
+    job.input = serde_json::from_value(serde_json::json!("x".repeat(30_000))).expect("a prompt");
+    stand.answer(&job).await.expect("answered by the second");
+    assert_eq!((*one.max_tokens.lock(), *two.max_tokens.lock()), (None, Some(4_096)));
+    let billed = stand.usage().await.pop().expect("a bill").usage;
+    assert_eq!((billed.prompt_tokens, billed.completion_tokens), (20_000, 1));
+
+    *stand.policy.lock() = TenantPolicy { tokens_per_day: Some(50_000), ..TenantPolicy::default() };
+    *one.manner.lock() = Manner::Late(5);
+    let again = InferRequest { input: job.input, ..stand.job() };
+    let chunks = stand.answer(&again).await.expect("answered by the first");
+    assert!(chunks.iter().all(|chunk| chunk.attempt == 1), "the second may use too much: {chunks:?}");
+    assert_eq!(two.jobs_seen(), 2);
 }
 
 #[tokio::test(start_paused = true)]

@@ -287,6 +287,7 @@ async fn settle(store: &SqliteStore, number: u128, now: protocol::UnixMillis) {
         finish_reason: None,
         error: None,
         usage: Some(usage),
+        is_bounded: false,
         now,
         history: vec![],
         continued: 0,

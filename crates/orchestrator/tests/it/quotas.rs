@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use protocol::health::HealthReport;
 use protocol::infer::{InferChunk, InferRequest};
 use protocol::policy::TenantPolicy;
 use protocol::quota::{QUOTA_LIST, QuotaPage, QuotaQuery, QuotaRule, QuotaState};
 use protocol::{ErrorCode, codec};
 use tether_orchestrator::Config;
 
-use crate::stand::{Manner, Stand, stand};
+use crate::stand::{Manner, Stand, Worker, stand};
 
 /// Policies are not cached, so that tests need not wait.
 fn config() -> Config {
@@ -83,6 +84,70 @@ async fn an_answer_without_a_length_is_bounded_where_tokens_are_limited() {
     *stand.policy.lock() = TenantPolicy::default();
     stand.answer(&stand.job()).await.expect("answered");
     assert_eq!(*worker.max_tokens.lock(), None, "nothing is reserved from a limit");
+}
+
+/// A prompt of as many bytes.
+fn long(stand: &Stand, bytes: usize) -> InferRequest {
+    let mut job = stand.job();
+    job.input = serde_json::from_value(serde_json::json!("x".repeat(bytes))).expect("a prompt");
+    job
+}
+
+/// Two workers: one with a short context, which refuses the prompt, and one that has read as many tokens of it.
+async fn short_and_long(stand: &Stand, prompt_tokens: u32) -> (Worker, Worker) {
+    let too_long = Manner::Refuse(ErrorCode::ContextLengthExceeded);
+    let (short, long) = stand.pair(too_long, Manner::AnswerLong(prompt_tokens)).await;
+    for (worker, context_length) in [(&short, 4_096), (&long, 131_072)] {
+        let change = |report: &mut HealthReport| report.model_cache[0].context_length = context_length;
+        worker.report(stand, change).await.expect("believed");
+    }
+    (short, long)
+}
+
+#[tokio::test]
+async fn a_job_that_moves_to_a_longer_context_is_billed_all_that_it_used() {
+    for (policy, answer_tokens) in [(TenantPolicy::default(), None), (daily(1_000_000), Some(4_096))] {
+        let stand = limited(policy).await;
+        let (short, long_context) = short_and_long(&stand, 50_000).await;
+        stand.answer(&long(&stand, 60_000)).await.expect("answered by the second");
+        assert_eq!((short.jobs_seen(), long_context.jobs_seen()), (1, 1));
+        assert_eq!(*short.max_tokens.lock(), None, "its context bounds the answer");
+        assert_eq!(*long_context.max_tokens.lock(), answer_tokens);
+        let billed: Vec<_> = stand.usage().await.iter().map(|record| record.usage.total_tokens()).collect();
+        assert_eq!(billed, [50_001]);
+        let after = state(&stand, QuotaRule::TokensPerDay).await;
+        assert_eq!((after.spent, after.reserved), (50_001, 0));
+    }
+}
+
+#[tokio::test]
+async fn a_job_moves_to_no_worker_where_it_could_exceed_a_limit() {
+    let stand = limited(daily(20_000)).await;
+    let (short, long_context) = short_and_long(&stand, 50_000).await;
+    let refused = stand.answer(&long(&stand, 60_000)).await.expect_err("it may need more");
+    assert_eq!((refused.code, refused.param.as_deref()), (ErrorCode::InsufficientQuota, Some("tokens_per_day")));
+    assert_eq!((short.jobs_seen(), long_context.jobs_seen()), (1, 0));
+    let after = state(&stand, QuotaRule::TokensPerDay).await;
+    assert_eq!((after.spent, after.reserved), (0, 0));
+}
+
+#[tokio::test]
+async fn an_answer_that_another_worker_continues_takes_no_more_than_before() {
+    let stand = limited(daily(1_000_000)).await;
+    let (one, _two) = stand.pair(Manner::Hang, Manner::Answer(40)).await;
+    let first = short(&stand, 100);
+    let mut waiting = stand.submit(&first).await.expect("accepted");
+    waiting.next().await.expect("a chunk").expect("of the answer");
+    let held = state(&stand, QuotaRule::TokensPerDay).await.reserved;
+    drop(waiting);
+    stand.settled(&first).await;
+    let spent = state(&stand, QuotaRule::TokensPerDay).await.spent;
+
+    *stand.policy.lock() = daily(spent + held);
+    *one.manner.lock() = Manner::DieAfter(20);
+    let job = short(&stand, 100);
+    stand.answer(&job).await.expect("continued by the second");
+    assert_eq!(stand.record(&job).await.expect("kept").continued, 1);
 }
 
 #[tokio::test]

@@ -58,6 +58,7 @@ async fn die(store: &dyn JobStore, number: u64) {
         finish_reason: None,
         error: Some(JobError { code: ErrorCode::WorkerFailed, message: "it failed".to_owned() }),
         usage: Some(TokenUsage::default()),
+        is_bounded: false,
         answer: None,
         now: SystemClock.now(),
         history: vec![],

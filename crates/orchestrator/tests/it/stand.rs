@@ -42,6 +42,8 @@ pub(crate) const OPERATOR: &str = "operator";
 pub(crate) enum Manner {
     /// Answers with this many chunks and an end.
     Answer(u64),
+    /// Answers with one chunk and an end, and has read so many tokens of the prompt.
+    AnswerLong(u32),
     /// Refuses.
     Refuse(ErrorCode),
     /// Takes the job and dies after this many chunks.
@@ -462,14 +464,15 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
     let attempt = if matches!(manner, Manner::WrongAttempt) { request.attempt + 1 } else { request.attempt };
     let model = if let Manner::AnswerAs(model) = &manner { Some(model.clone()) } else { None };
     let first = request.delivered.as_ref().map_or(0, |delivered| delivered.seq);
+    let prompt_tokens = if let Manner::AnswerLong(read) = manner { read } else { 3 };
     let has_tokens = !matches!(manner, Manner::DieUntold(_) | Manner::StopAfter(_));
     let chunk = |seq, done| {
         let payload = if done {
             let usage =
-                TokenUsage { prompt_tokens: 3, completion_tokens: seq as u32, cached_tokens: 0, reasoning_tokens: 0 };
+                TokenUsage { prompt_tokens, completion_tokens: seq as u32, cached_tokens: 0, reasoning_tokens: 0 };
             Payload { finish_reason: Some(FinishReason::Stop), usage: Some(usage), ..Payload::default() }
         } else {
-            let prompt = TokenUsage { prompt_tokens: 3, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 };
+            let prompt = TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 };
             let usage = (seq == 0).then_some(prompt);
             let tokens = if has_tokens { vec![seq as u32] } else { vec![] };
             Payload { text: format!("{seq} "), tokens, usage, ..Payload::default() }
@@ -507,7 +510,7 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
         | Manner::StopAfter(chunks)
         | Manner::LeaveAfter(chunks)
         | Manner::DieUntold(chunks) => chunks,
-        Manner::Hang | Manner::WrongAttempt | Manner::AnswerAs(_) | Manner::Only(_) => 1,
+        Manner::Hang | Manner::WrongAttempt | Manner::AnswerAs(_) | Manner::Only(_) | Manner::AnswerLong(_) => 1,
         Manner::Late(_)
         | Manner::LoseEngine
         | Manner::Crash(_)
@@ -561,7 +564,12 @@ async fn serve(call: StreamCall, manner: Manner, cancelled: Arc<Notify>, store: 
             let error = WireError::new(ErrorCode::WorkerFailed, "the engine was killed, try again");
             let _ = reply.fail(error.with_suspects(0)).await;
         }
-        Manner::Late(_) | Manner::Answer(_) | Manner::AnswerAs(_) | Manner::Only(_) | Manner::WrongAttempt => {
+        Manner::Late(_)
+        | Manner::Answer(_)
+        | Manner::AnswerLong(_)
+        | Manner::AnswerAs(_)
+        | Manner::Only(_)
+        | Manner::WrongAttempt => {
             let _ = reply.send(&chunk(chunks, true)).await;
             let _ = reply.finish().await;
         }

@@ -82,6 +82,8 @@ pub(crate) async fn perform(store: &dyn JobStore, operation: Operation) -> Outco
                 worker_capacity: capacity,
                 now,
                 lease_until: UnixMillis(lease_until),
+                limits: QuotaLimits::default(),
+                tokens: 2_000,
             };
             store.reassign(reassignment).await.map_or_else(Outcome::from, |()| Outcome::Moved)
         }
@@ -98,6 +100,7 @@ pub(crate) async fn perform(store: &dyn JobStore, operation: Operation) -> Outco
                 finish_reason: None,
                 error: None,
                 usage: Some(usage),
+                is_bounded: false,
                 answer: None,
                 now,
             };

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use protocol::quota::{Amount, QuotaLimits, QuotaRule, QuotaUsage, Window};
+use protocol::quota::{Amount, QuotaLimits, QuotaRefusal, QuotaRule, QuotaUsage, Window};
 use protocol::usage::TokenUsage;
 use protocol::{TenantId, UnixMillis};
 use tether_metadata_store::{
-    Finalised, JobKey, JobStore, NewJob, Reassignment, ReserveError, Reserved, Settlement, TerminalState, UsageCursor,
+    Finalised, JobKey, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved, Settlement,
+    TerminalState, UsageCursor,
 };
 
 use super::Jobs;
@@ -18,6 +19,11 @@ const ROOM: u32 = 1_000;
 
 fn of(number: u128, tokens: u64, limits: QuotaLimits) -> NewJob {
     NewJob { tokens, limits, worker_capacity: ROOM, ..job(number) }
+}
+
+/// The move of a job's attempt to worker 2, where it may use so many tokens.
+fn moved(number: u128, from_attempt: u32, tokens: u64, limits: QuotaLimits) -> Reassignment {
+    Reassignment { from_attempt, tokens, limits, worker_capacity: ROOM, ..reassignment(number) }
 }
 
 fn daily(tokens: u64) -> QuotaLimits {
@@ -131,9 +137,57 @@ pub(crate) async fn a_moved_job_takes_its_quota_along(subject: Jobs) {
     store.reassign(Reassignment { worker_capacity: ROOM, ..reassignment(1) }).await.expect("moves");
     assert_eq!(usage(store, NOW).await, before);
     assert_eq!(store.active_reservations().await, Ok(vec![(worker(2), 1)]));
-    let moved = Settlement { attempt: 2, worker_id: worker(2), ..billed(1, 10, 1) };
-    store.finalise(moved).await.expect("settles");
+    let settle = Settlement { attempt: 2, worker_id: worker(2), ..billed(1, 10, 1) };
+    store.finalise(settle).await.expect("settles");
     assert_eq!(usage(store, NOW).await.day_tokens, amount(11, 0));
+}
+
+pub(crate) async fn a_move_raises_what_a_job_holds_and_never_lowers_it(subject: Jobs) {
+    let store = &*subject.store;
+    let limits = QuotaLimits {
+        requests_per_day: Some(2),
+        tokens_per_minute: Some(250),
+        tokens_per_day: Some(250),
+        concurrent_jobs: Some(2),
+    };
+    store.reserve(of(1, 100, limits)).await.expect("reserves");
+    store.reserve(of(2, 50, limits)).await.expect("reserves");
+    assert_eq!(store.reassign(moved(1, 1, 200, limits)).await, Ok(()), "it takes what is left, and counts once");
+    let raised =
+        QuotaUsage { minute_tokens: amount(0, 250), day_tokens: amount(0, 250), day_requests: amount(0, 2), jobs: 2 };
+    assert_eq!(usage(store, NOW).await, raised);
+    assert_eq!(store.reassign(moved(1, 2, 10, limits)).await, Ok(()));
+    assert_eq!(usage(store, NOW).await, raised, "an earlier worker may have used as much");
+    let settle = Settlement { attempt: 3, worker_id: worker(2), ..billed(1, 150, 60) };
+    store.finalise(settle).await.expect("settles");
+    assert_eq!(usage(store, NOW).await.day_tokens, amount(200, 50), "it is billed up to what it held last");
+}
+
+pub(crate) async fn a_move_that_exceeds_a_limit_changes_nothing(subject: Jobs) {
+    let store = &*subject.store;
+    store.reserve(of(1, 100, daily(250))).await.expect("reserves");
+    store.reserve(of(2, 50, daily(250))).await.expect("reserves");
+    let before = (usage(store, NOW).await, store.job(&key(1)).await);
+    let Err(ReassignError::Quota(refusal)) = store.reassign(moved(1, 1, 201, daily(250))).await else {
+        panic!("it does not fit");
+    };
+    let QuotaRefusal { state, wanted } = *refusal;
+    assert_eq!((state.rule, state.reserved, wanted), (QuotaRule::TokensPerDay, 50, 201));
+    assert_eq!((usage(store, NOW).await, store.job(&key(1)).await), before);
+    assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 2)]));
+    assert_eq!(store.finalise(billed(1, 10, 1)).await, Ok(Finalised::Settled), "its first attempt still has it");
+}
+
+pub(crate) async fn a_move_is_counted_in_the_windows_in_which_its_job_was_reserved(subject: Jobs) {
+    let store = &*subject.store;
+    store.reserve(of(1, 100, daily(250))).await.expect("reserves");
+    let tomorrow = Window::Day.end(NOW);
+    let late = Reassignment { now: tomorrow, ..moved(1, 1, 200, daily(250)) };
+    store.reassign(late).await.expect("moves");
+    assert_eq!(usage(store, NOW).await.day_tokens, amount(0, 200));
+    assert_eq!(usage(store, tomorrow).await.day_tokens, amount(0, 0));
+    let late = Reassignment { now: tomorrow, ..moved(1, 2, 251, daily(250)) };
+    assert!(matches!(store.reassign(late).await, Err(ReassignError::Quota(_))));
 }
 
 pub(crate) async fn a_resend_needs_no_quota(subject: Jobs) {
@@ -150,6 +204,15 @@ pub(crate) async fn nothing_is_billed_beyond_what_was_reserved(subject: Jobs) {
     assert_eq!(usage(store, NOW).await.day_tokens, amount(100, 0));
     let ledger = store.usage(&tenant("acme"), UsageCursor::default(), 9).await.expect("reads");
     assert_eq!((ledger[0].usage.prompt_tokens, ledger[0].usage.completion_tokens), (60, 40));
+}
+
+pub(crate) async fn without_limits_of_tokens_a_job_is_billed_what_it_used(subject: Jobs) {
+    let store = &*subject.store;
+    store.reserve(of(1, 100, QuotaLimits::default())).await.expect("reserves");
+    store.finalise(Settlement { is_bounded: false, ..billed(1, 60, 50) }).await.expect("settles");
+    assert_eq!(usage(store, NOW).await.day_tokens, amount(110, 0));
+    let ledger = store.usage(&tenant("acme"), UsageCursor::default(), 9).await.expect("reads");
+    assert_eq!((ledger[0].usage.prompt_tokens, ledger[0].usage.completion_tokens), (60, 50));
 }
 
 pub(crate) async fn quotas_are_each_tenants_own(subject: Jobs) {
@@ -194,6 +257,27 @@ impl Book {
         self.running.insert(number, (tenant, tokens, at));
     }
 
+    /// Checks that a job may use so many tokens, besides what the others of its tenant use.
+    fn check_raise(&self, number: u128, tokens: u64, limits: &QuotaLimits) -> Result<(), QuotaRefusal> {
+        let (tenant, held, at) = &self.running[&number];
+        if tokens <= *held {
+            return Ok(());
+        }
+        let mut others = Self { windows: self.windows.clone(), running: BTreeMap::new() };
+        others.windows_of(tenant, *at, |(amount, _)| amount.reserved -= held);
+        let limits = QuotaLimits { requests_per_day: None, concurrent_jobs: None, ..*limits };
+        others.usage(tenant, *at).check(&limits, tokens, *at)
+    }
+
+    /// Returns whether the job holds more than before.
+    fn raise(&mut self, number: u128, tokens: u64) -> bool {
+        let (tenant, held, at) = self.running[&number].clone();
+        let more = tokens.saturating_sub(held);
+        self.windows_of(&tenant, at, |(amount, _)| amount.reserved += more);
+        self.running.insert(number, (tenant, held + more, at));
+        more > 0
+    }
+
     fn end(&mut self, number: u128, spent: u64) {
         let (tenant, tokens, at) = self.running.remove(&number).expect("it runs");
         self.windows_of(&tenant, at, |(held, requests)| {
@@ -223,6 +307,8 @@ impl Book {
 struct Seen {
     admitted: u32,
     refused: BTreeMap<QuotaRule, u32>,
+    raised: u32,
+    raises_refused: u32,
 }
 
 pub(crate) async fn random_operations_use_what_the_reference_says(subject: Jobs) {
@@ -232,6 +318,7 @@ pub(crate) async fn random_operations_use_what_the_reference_says(subject: Jobs)
     }
     assert!(seen.admitted > 100, "{seen:?}");
     assert_eq!(seen.refused.len(), 4, "every limit refused something: {seen:?}");
+    assert!(seen.raised > 20 && seen.raises_refused > 10, "{seen:?}");
 }
 
 async fn random_history(store: &dyn JobStore, seed: u64, seen: &mut Seen) {
@@ -267,10 +354,18 @@ async fn random_history(store: &dyn JobStore, seed: u64, seen: &mut Seen) {
             }
             (4, Some(number)) => {
                 let (tenant_id, ..) = book.running[&number].clone();
-                let moved =
-                    Reassignment { key: JobKey { tenant_id, ..key(number) }, worker_capacity: ROOM, ..reassignment(0) };
-                // Only the first attempt moves; a later one is stale.
-                let _ = store.reassign(Reassignment { worker_id: worker(1), now, ..moved }).await;
+                let key = JobKey { tenant_id, ..key(number) };
+                let attempt = store.job(&key).await.expect("reads").expect("it runs").attempt;
+                let (tokens, lease_until) = (random.below(300), now.after(std::time::Duration::from_mins(3)));
+                let to =
+                    Reassignment { key, worker_id: worker(1), now, lease_until, ..moved(0, attempt, tokens, limits) };
+                match (store.reassign(to).await, book.check_raise(number, tokens, &limits)) {
+                    (Ok(()), Ok(())) => seen.raised += u32::from(book.raise(number, tokens)),
+                    (Err(ReassignError::Quota(refusal)), Err(expected)) if *refusal == expected => {
+                        seen.raises_refused += 1;
+                    }
+                    other => panic!("seed {seed}: {other:?}"),
+                }
             }
             (5 | 6, Some(number)) => {
                 let (tenant_id, tokens, _) = book.running[&number].clone();

@@ -59,6 +59,7 @@ pub(crate) fn settlement(number: u128) -> Settlement {
         error: None,
         answer: None,
         usage: Some(USAGE),
+        is_bounded: true,
         now: NOW,
         history: vec![],
         continued: 0,
@@ -80,6 +81,8 @@ pub(crate) fn reassignment(number: u128) -> Reassignment {
         worker_capacity: 4,
         now: NOW,
         lease_until: LEASE,
+        limits: QuotaLimits::default(),
+        tokens: 0,
         history: vec![],
     }
 }
