@@ -105,5 +105,6 @@ fn job(client: u16, number: u64) -> NewJob {
         request_fingerprint: [7; 32],
         limits: QuotaLimits::default(),
         tokens: 1_000,
+        counts: true,
     }
 }

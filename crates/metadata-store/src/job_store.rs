@@ -140,6 +140,8 @@ pub struct NewJob {
     pub limits: QuotaLimits,
     /// The most tokens, of prompt and answers, that it may be billed.
     pub tokens: u64,
+    /// Whether it counts against its tenant's quotas. The reservation of a second worker for a job does not.
+    pub counts: bool,
 }
 
 /// Outcome of a reservation.

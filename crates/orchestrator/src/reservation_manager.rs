@@ -233,7 +233,7 @@ impl ReservationManager {
     ) -> Result<Reservation, WireError> {
         let stop = Stop { is_hedge: true, ..Stop::default() };
         let fingerprint = hedge_fingerprint();
-        // The job itself has reserved what may be billed.
+        // The job itself counts against its tenant's quotas, and has reserved what may be billed.
         let written = (request.attempt, stop, Claim::default());
         self.write(request, fingerprint, self.count(worker_id), worker_capacity, written).await
     }
@@ -248,7 +248,7 @@ impl ReservationManager {
     ) -> Result<Reservation, WireError> {
         let worker_id = counted.worker_id;
         let now = self.clock.now();
-        let (key, is_bounded) = (key_of(request), claim.limits.limits_tokens());
+        let (key, counts, is_bounded) = (key_of(request), !stop.is_hedge, claim.limits.limits_tokens());
         let job = NewJob {
             key: key.clone(),
             trace_id: request.trace_id,
@@ -262,6 +262,7 @@ impl ReservationManager {
             request_fingerprint: fingerprint,
             limits: claim.limits,
             tokens: claim.tokens,
+            counts,
         };
         let attempt = match self.store.reserve(job).await {
             Err(ReserveError::Store(error)) => return Err(store_error(&error)),

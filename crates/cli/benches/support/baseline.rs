@@ -79,6 +79,7 @@ pub(crate) async fn two_commits(store: &dyn JobStore, number: u128) -> (Duration
         request_fingerprint: [0; 32],
         limits: protocol::quota::QuotaLimits::default(),
         tokens: 1_000,
+        counts: true,
     };
     let began = Instant::now();
     store.reserve(job).await.unwrap();

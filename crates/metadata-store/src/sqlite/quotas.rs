@@ -11,6 +11,8 @@ use crate::job_store::{NewJob, Reassignment};
 
 /// The most tokens that one job reserves, so that sums do not overflow. No job uses as many.
 const TOKENS_MAX: u64 = 1 << 40;
+/// The tenant of a reservation that holds nothing of any tenant's quotas. No tenant has this name.
+pub(super) const NOBODY: &str = "";
 
 /// What a job holds of its tenant's quotas.
 pub(super) struct Held {
@@ -26,8 +28,8 @@ pub(super) fn tokens_of(tokens: u64) -> i64 {
 
 /// Checks that a job fits within its tenant's limits.
 pub(super) fn check(connection: &Connection, job: &NewJob) -> rusqlite::Result<Result<(), QuotaRefusal>> {
-    let NewJob { key, limits, tokens, now, .. } = job;
-    if limits.is_empty() {
+    let NewJob { key, limits, tokens, now, counts, .. } = job;
+    if limits.is_empty() || !counts {
         return Ok(Ok(()));
     }
     Ok(usage(connection, &key.tenant_id, limits, *now)?.check(limits, *tokens, *now))
@@ -105,11 +107,13 @@ fn begin(connection: &Connection, job: &NewJob, window: Window, start: UnixMilli
     Ok(())
 }
 
-/// Returns what a job holds.
+/// Returns what a job holds, if it counts against its tenant's quotas.
 pub(super) fn held(connection: &Connection, job_id: i64) -> rusqlite::Result<Option<Held>> {
     connection
-        .prepare_cached("SELECT tenant_id, tokens, reserved_at FROM reservations WHERE job_id = ?1")?
-        .query_row((job_id,), |row| {
+        .prepare_cached(
+            "SELECT tenant_id, tokens, reserved_at FROM reservations WHERE job_id = ?1 AND tenant_id <> ?2",
+        )?
+        .query_row((job_id, NOBODY), |row| {
             Ok(Held { tenant_id: row.get(0)?, tokens: number(row, 1)?, reserved_at: UnixMillis(number(row, 2)?) })
         })
         .optional()

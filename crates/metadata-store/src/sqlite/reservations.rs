@@ -161,11 +161,11 @@ fn hold(connection: &Connection, job_id: i64, job: &NewJob) -> rusqlite::Result<
             job_id,
             job.worker_id.0,
             integer(job.lease_until.0),
-            job.key.tenant_id.as_str(),
+            if job.counts { job.key.tenant_id.as_str() } else { quotas::NOBODY },
             quotas::tokens_of(job.tokens),
             integer(job.now.0),
         ))?;
-    quotas::reserve(connection, job)
+    if job.counts { quotas::reserve(connection, job) } else { Ok(()) }
 }
 
 /// Frees a job's slot and what it holds of its tenant's quotas. Returns what is billed of `usage`: if `is_bounded`, no

@@ -69,6 +69,7 @@ macro_rules! job_store_conforms {
             quotas: a_move_raises_what_a_job_holds_and_never_lowers_it,
             quotas: a_move_that_exceeds_a_limit_changes_nothing,
             quotas: a_move_is_counted_in_the_windows_in_which_its_job_was_reserved,
+            quotas: a_reservation_that_does_not_count_holds_no_quota,
             quotas: a_resend_needs_no_quota,
             quotas: nothing_is_billed_beyond_what_was_reserved,
             quotas: without_limits_of_tokens_a_job_is_billed_what_it_used,

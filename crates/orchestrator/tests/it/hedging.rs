@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use metadata_store::{DurableState, TerminalState};
-use protocol::ErrorCode;
 use protocol::health::HealthReport;
 use protocol::infer::InferRequest;
 use protocol::jobs::{JOB_LIST, JobPage, JobQuery};
 use protocol::policy::TenantPolicy;
+use protocol::quota::Amount;
+use protocol::{Clock as _, ErrorCode};
+use rpc::SystemClock;
 use tether_orchestrator::Config;
 use tokio::time;
 
@@ -119,6 +121,31 @@ async fn both_workers_hold_a_reservation_until_one_has_answered() {
     two.cancelled.notified().await;
     is_counted(&stand, "lost").await;
     assert_eq!((stand.store.active_reservations().await.expect("readable"), stand.usage().await.len()), (vec![], JOBS));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_second_worker_takes_nothing_of_its_tenants_requests_and_jobs() {
+    let config = Config { policy_cache_secs: 0, ..hedging() };
+    let (stand, one, two) = hedged(config, Manner::Wait, Manner::Wait).await;
+    let requests_per_day = Some(JOBS as u64 + 2);
+    *stand.policy.lock() = TenantPolicy { concurrent_jobs: Some(2), requests_per_day, ..TenantPolicy::default() };
+    let (first, second) = (stand.job(), stand.job());
+    let another = async {
+        while two.jobs_seen() == 0 {
+            time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(stand.store.active_reservations().await.expect("readable").len(), 2);
+        (*one.manner.lock(), *two.manner.lock()) = (Manner::Answer(1), Manner::Answer(1));
+        stand.answer(&second).await.expect("the second of two jobs");
+    };
+    tokio::select! {
+        _ = stand.submit(&first) => panic!("nobody answers"),
+        () = another => {}
+    }
+    is_counted(&stand, "lost").await;
+    stand.settled(&first).await;
+    let usage = stand.store.quota_usage(&"acme".parse().expect("tenant"), SystemClock.now()).await.expect("readable");
+    assert_eq!((usage.jobs, usage.day_requests), (0, Amount { spent: JOBS as u64 + 1, reserved: 0 }));
 }
 
 #[tokio::test(start_paused = true)]

@@ -263,6 +263,7 @@ fn old_job(number: u128) -> metadata_store::NewJob {
         request_fingerprint: [0; 32],
         limits: protocol::quota::QuotaLimits::default(),
         tokens: 1_000,
+        counts: true,
     }
 }
 

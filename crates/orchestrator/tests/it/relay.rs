@@ -41,6 +41,7 @@ async fn die(store: &dyn JobStore, number: u64) {
         request_fingerprint: [0; 32],
         limits: QuotaLimits::default(),
         tokens: 0,
+        counts: true,
     };
     store.reserve(job).await.expect("reserved");
     let dead_letter = Some(NewDeadLetter {

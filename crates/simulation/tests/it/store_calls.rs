@@ -62,6 +62,7 @@ pub(crate) async fn perform(store: &dyn JobStore, operation: Operation) -> Outco
                 request_fingerprint: [0; 32],
                 limits: QuotaLimits::default(),
                 tokens: 1_000,
+                counts: true,
             };
             match store.reserve(new).await {
                 Ok(Reserved::New) => Outcome::Reserved,

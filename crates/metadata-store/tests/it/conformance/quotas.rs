@@ -6,7 +6,7 @@ use protocol::quota::{Amount, QuotaLimits, QuotaRefusal, QuotaRule, QuotaUsage, 
 use protocol::usage::TokenUsage;
 use protocol::{TenantId, UnixMillis};
 use tether_metadata_store::{
-    Finalised, JobKey, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved, Settlement,
+    DurableState, Finalised, JobKey, JobStore, NewJob, ReassignError, Reassignment, ReserveError, Reserved, Settlement,
     TerminalState, UsageCursor,
 };
 
@@ -188,6 +188,29 @@ pub(crate) async fn a_move_is_counted_in_the_windows_in_which_its_job_was_reserv
     assert_eq!(usage(store, tomorrow).await.day_tokens, amount(0, 0));
     let late = Reassignment { now: tomorrow, ..moved(1, 2, 251, daily(250)) };
     assert!(matches!(store.reassign(late).await, Err(ReassignError::Quota(_))));
+}
+
+pub(crate) async fn a_reservation_that_does_not_count_holds_no_quota(subject: Jobs) {
+    let store = &*subject.store;
+    let limits = QuotaLimits { requests_per_day: Some(1), concurrent_jobs: Some(1), ..daily(100) };
+    let second = |number| NewJob { counts: false, ..of(number, 0, limits) };
+    store.reserve(of(1, 100, limits)).await.expect("reserves");
+    let one_job = usage(store, NOW).await;
+    for number in [2, 3] {
+        assert_eq!(store.reserve(second(number)).await, Ok(Reserved::New));
+    }
+    assert_eq!(usage(store, NOW).await, one_job);
+    assert_eq!(store.active_reservations().await, Ok(vec![(worker(1), 3)]), "it holds a slot");
+    let end = Settlement { state: TerminalState::Cancelled, usage: Some(TokenUsage::default()), ..settlement(2) };
+    assert_eq!(store.finalise(end).await, Ok(Finalised::Settled));
+    store.finalise(billed(1, 10, 1)).await.expect("settles");
+    assert_eq!(store.release_expired(LEASE, 9).await.expect("releases").len(), 1, "the other one");
+    assert_eq!(store.active_reservations().await, Ok(vec![]));
+    let after = usage(store, NOW).await;
+    assert_eq!((after.day_tokens, after.day_requests, after.jobs), (amount(11, 0), amount(1, 0), 0));
+    let states =
+        [store.job(&key(2)).await, store.job(&key(3)).await].map(|job| job.expect("reads").expect("kept").state);
+    assert_eq!(states, [TerminalState::Cancelled, TerminalState::Failed].map(DurableState::Settled));
 }
 
 pub(crate) async fn a_resend_needs_no_quota(subject: Jobs) {

@@ -45,6 +45,7 @@ pub(crate) fn job(number: u128) -> NewJob {
         request_fingerprint: [5; 32],
         limits: QuotaLimits::default(),
         tokens: 1_000,
+        counts: true,
     }
 }
 
