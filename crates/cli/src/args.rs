@@ -448,8 +448,10 @@ pub enum PolicyCommand {
     List(ServerArgs),
     /// Show the rules of a tenant
     Show(PolicyShowArgs),
-    /// Set or clear rules of a tenant; others stay. They apply within 2 seconds. If two commands change the same tenant at
-    /// the same time, the last one wins, and the changes of the other may be lost
+    /// Set or clear rules of a tenant; others stay. They apply within 2 seconds
+    ///
+    /// If two commands change the same tenant at the same time, the last one wins, and the changes of the other may be
+    /// lost.
     Set(Box<PolicySetArgs>),
     /// Show which rules apply to a request of a tenant now, what each says, and what would happen
     Explain(PolicyExplainArgs),
