@@ -105,8 +105,8 @@ fn merge<Row: Listed>(pages: Vec<(PublicKey, Vec<Row>, Option<u64>)>, limit: usi
     (rows.into_iter().map(|(.., row)| row).collect(), Some(cursor).filter(|cursor| !cursor.0.is_empty()))
 }
 
-/// Merges the waiting jobs of orchestrators: those that start soonest first, then those whose start is unknown, the oldest
-/// first. Jobs for one model stay in the order of their orchestrator.
+/// Merges the waiting jobs of orchestrators: those that start soonest first, then those whose start is unknown, the
+/// oldest first. Jobs for one model stay in the order of their orchestrator.
 fn next_first(pages: impl Iterator<Item = Vec<WaitingJob>>) -> Vec<WaitingJob> {
     let mut jobs = vec![];
     for page in pages {

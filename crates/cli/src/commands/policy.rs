@@ -248,8 +248,8 @@ impl Verdict {
     }
 }
 
-/// Returns what each rule says of a request, in the order in which they are checked: the gateway counts requests, and the
-/// orchestrator checks the rest. Rules that are not set are left out.
+/// Returns what each rule says of a request, in the order in which they are checked: the gateway counts requests, and
+/// the orchestrator checks the rest. Rules that are not set are left out.
 fn judge(policy: &TenantPolicy, states: &[QuotaState], question: &Question<'_>, now: UnixMillis) -> Vec<Verdict> {
     let limited = |rule, limit: Option<u64>| {
         let known = states.iter().find(|state| state.rule == rule);
