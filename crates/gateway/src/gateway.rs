@@ -10,7 +10,7 @@ use protocol::control::{
     ModelResidency, NodeRole, Scope, TOKEN_CHECK, TokenCheck, TokenGrant,
 };
 use protocol::infer::{InferRequest, Input, ModelDigest};
-use protocol::model::{ModelEntry, ModelKey, ModelRef};
+use protocol::model::{ALTERNATIVES_MAX, ModelEntry, ModelKey, ModelRef};
 use protocol::quota::QuotaRule;
 use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, WireError};
 use rpc::rate_limit::{Quota, RateLimit, Verdict};
@@ -289,7 +289,9 @@ impl Gateway {
             let source = if job.keeps_answer { "key" } else { "sdk_retry" };
             let timeouts = self.timeouts(&record, &job);
             let expected = Expected::of(&job.input);
-            let request = self.request(&grant, &builds, job, timeouts, &record)?;
+            let mut request = self.request(&grant, &builds, job, timeouts, &record)?;
+            let others = self.cheaper_models(&grant, &builds).await?;
+            request.digests.extend(others);
             let begun = Box::pin(self.begin(request, timeouts)).await;
             let begun = begun.map_err(|error| repeat.name_key(error.for_clients()))?;
             if begun.is_repeat() {
@@ -472,6 +474,19 @@ impl Gateway {
             linger_ms: job.linger.map(|linger| linger.as_millis() as u64),
             keeps_answer: job.keeps_answer,
         })
+    }
+
+    /// Returns the newest listed version of each model to which the tenant's policy may move a job. An orchestrator
+    /// moves it to no other file.
+    async fn cheaper_models(&self, grant: &TokenGrant, own: &[Build]) -> Result<Vec<ModelDigest>, WireError> {
+        let Some(degrade) = grant.policy.degrade.as_ref().filter(|degrade| !degrade.models.is_empty()) else {
+            return Ok(vec![]);
+        };
+        let models = self.models().await?;
+        let allowed = degrade.models.iter().filter(|name| grant.policy.allows(name)).take(ALTERNATIVES_MAX);
+        let newest = allowed.filter_map(|name| models.find(name, None));
+        let newest = newest.filter(|entry| own.iter().all(|build| build.entry.key != entry.key));
+        Ok(newest.map(|entry| ModelDigest { key: entry.key.clone(), digest: entry.digest }).collect())
     }
 
     /// Creates the context of a request that has just arrived.

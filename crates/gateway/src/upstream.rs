@@ -9,7 +9,7 @@ use futures_util::StreamExt as _;
 use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 use protocol::control::NodeRole;
-use protocol::infer::{self, InferRequest};
+use protocol::infer::{self, Degraded, InferRequest};
 use protocol::jobs::{JOB_SHOW, JobInfo, JobPage, JobRef, JobStatus};
 use protocol::{CorrelationId, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
 use rpc::announce::DirectoryTask;
@@ -267,7 +267,8 @@ impl Upstream {
                 return Ok(Begun { stream, first, origin, quota, degraded });
             }
             (origin, quota) = (head.origin.or(origin), head.quota.or(quota));
-            degraded = head.degraded.or(degraded);
+            // One that says nothing takes back what was said before.
+            degraded = head.degraded.or(degraded).filter(|degraded| *degraded != Degraded::default());
         }
     }
 

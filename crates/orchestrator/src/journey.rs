@@ -115,6 +115,8 @@ pub struct Journey {
     /// How it was made cheaper, and the adapter and the limit of tokens that its caller asked for.
     pub(crate) degraded: Option<Degraded>,
     asked: (Option<AdapterName>, Option<u32>),
+    /// The models that it asked for, while it runs on another one.
+    own_builds: Vec<Build>,
     /// Why the queue refused it.
     pub(crate) shed: Option<&'static str>,
     /// When its worker took the current attempt.
@@ -195,6 +197,7 @@ impl Journey {
             waited: Duration::ZERO,
             degraded: None,
             asked: (request.input.adapter.clone(), request.input.max_tokens),
+            own_builds: vec![],
             shed: None,
             acknowledged_at: None,
             reservation: None,
@@ -383,11 +386,26 @@ impl Journey {
             input.max_tokens = Some(tokens);
         }
         if let Some(model) = &degraded.model {
-            self.builds = vec![Build::new(model.clone(), &self.request)];
+            let other = vec![Build::new(model.clone(), &self.request)];
+            self.own_builds = std::mem::replace(&mut self.builds, other);
             (self.tried, self.barred) = (vec![], vec![]);
             self.choose(0);
         }
         self.degraded = Some(degraded);
+    }
+
+    /// Returns it to the models that it asked for, if it was given to another one. Happens once: a job with a
+    /// reservation does not wait again.
+    pub(crate) fn restore_models(&mut self) -> bool {
+        if self.own_builds.is_empty() {
+            return false;
+        }
+        self.builds = std::mem::take(&mut self.own_builds);
+        self.request.input.adapter.clone_from(&self.asked.0);
+        (self.tried, self.barred) = (vec![], vec![]);
+        (self.doubted, self.refusal, self.degraded) = (None, None, None);
+        self.choose(0);
+        true
     }
 
     /// Charges its tenant's share for what was delivered so far.

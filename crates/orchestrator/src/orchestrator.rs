@@ -361,6 +361,11 @@ impl Orchestrator {
             return ControlFlow::Break(AttemptEnd::Dead { error: refusals::crashes_engines() });
         }
         let failure = Failure { code: error.code, delivered: journey.delivered_part(delivery.has_begun()) };
+        if retry_manager::is_of_the_model(failure) && self.restore_models(journey, delivery).await {
+            self.metrics.retries.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
+            journey.step(JobEvent::GiveUpAttempt);
+            return ControlFlow::Continue(());
+        }
         if retry_manager::is_of_the_model(failure) && self.rule_out(journey, error) {
             self.metrics.retries.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
             journey.step(JobEvent::GiveUpAttempt);

@@ -120,7 +120,7 @@ impl Received {
 
 /// Asks a gateway as its HTTP side does, so that a piece counts as read when the client has it.
 pub async fn ask_within(gateway: &Gateway, token: &str, request: &Request) -> Received {
-    time::timeout(STUCK_AFTER, within(gateway, token, request)).await.unwrap_or(Received::nothing(End::Stuck))
+    time::timeout(STUCK_AFTER, Box::pin(within(gateway, token, request))).await.unwrap_or(Received::nothing(End::Stuck))
 }
 
 async fn within(gateway: &Gateway, token: &str, request: &Request) -> Received {

@@ -1,7 +1,7 @@
 //! How urgent a request is, and what is said of one that was made cheaper.
 
 use http::Method;
-use protocol::policy::ServiceClass;
+use protocol::policy::{DegradePolicy, ServiceClass, TenantPolicy};
 use serde_json::{Value, json};
 
 use super::{Network, chat_body, expect_error};
@@ -69,5 +69,23 @@ async fn a_response_says_that_its_job_was_made_cheaper() {
     let text = response.text().await.expect("text");
     let trailer = r#""tether":{"degraded":{"model":{"modelId":"other","version":"0.1"},"reason":"queue"}}"#;
     assert!(text.contains(trailer) && text.contains(r#""model":"other""#), "{text}");
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_orchestrator_gets_the_files_of_the_models_to_which_a_policy_may_move_a_job() {
+    let network = Network::start().await;
+    let name = |name: &str| name.parse().expect("a name");
+    let models = vec![name("other"), name("unlisted"), name("tiny")];
+    let degrade = Some(DegradePolicy { models, ..DegradePolicy::default() });
+    let allowed_models = Some(vec![name("tiny"), name("other"), name("unlisted")]);
+    let policy = TenantPolicy { degrade, allowed_models, ..TenantPolicy::default() };
+    network.fake.grants.lock().get_mut(&super::fake::token(1)).expect("a grant").policy = policy;
+    network.ask(None, None).await;
+    network.post("/v1/chat/completions", &chat_body("hi")).send().await.expect("answered");
+    let sent = network.fake.jobs.lock().pop().expect("a job").digests;
+    let sent: Vec<_> = sent.iter().map(|listed| (listed.key.to_string(), listed.digest)).collect();
+    let listed = ["tiny@1.1", "other@0.1"].map(|key| (key.to_owned(), protocol::Digest::of(key.as_bytes())));
+    assert_eq!(sent, listed);
     network.end().await;
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use observability::metrics::ReasonLabel;
-use protocol::infer::{Degraded, InferChunk, InferRequest, PROGRESS_WITHIN, Payload, Progress};
+use protocol::infer::{
+    Degraded, EmbedInput, InferChunk, InferRequest, Input, ModelDigest, PROGRESS_WITHIN, Payload, Progress,
+};
 use protocol::model::ModelKey;
 use protocol::policy::{DegradePolicy, ServiceClass};
 use protocol::usage::TokenUsage;
@@ -103,6 +105,21 @@ impl Orchestrator {
         Ok(())
     }
 
+    /// Makes a job ask its own models again, because the one that it was given to cannot do what it asks. Returns
+    /// whether it was given to another one. The caller is told, if it was told of the other.
+    pub(super) async fn restore_models(&self, journey: &mut Journey, delivery: &mut Delivery) -> bool {
+        if !journey.restore_models() {
+            return false;
+        }
+        info!(correlation_id = %journey.request.correlation_id, "a job returns to the models that it asked for");
+        if journey.wants_progress {
+            let told = InferChunk { degraded: Some(Degraded::default()), ..progress_chunk(journey) };
+            // A caller that has gone is noticed by the next attempt.
+            let _ = delivery.send_progress(&codec::encode(&told)).await;
+        }
+        true
+    }
+
     /// Returns the first of the cheaper ways that helps: another model or adapter that waits half as long at most, or
     /// a shorter answer.
     fn cheaper(&self, journey: &Journey, how: &DegradePolicy, wait: Duration) -> Option<Degraded> {
@@ -113,13 +130,9 @@ impl Orchestrator {
             let job = WaitingJob { group, ..self.waiting_job(journey) };
             exists && self.gate.expected_wait(&job).is_some_and(|other| other <= wait / 2)
         };
-        let known = self.fleet.models();
-        let newest = |name: &ModelName| known.iter().filter(|key| key.model_id == *name).max_by_key(|key| key.version);
-        let is_new = |name: &&ModelName| journey.models().all(|model| model.model_id != **name);
-        let allowed = how.models.iter().filter(|name| journey.policy.allows(name)).filter(is_new);
-        let model = allowed.filter_map(newest).find(|key| is_faster(vec![((*key).clone(), None)], None));
-        if let Some(model) = model {
-            return Some(Degraded { model: Some(model.clone()), reason, ..Degraded::default() });
+        let mut others = other_models(journey, how);
+        if let Some(other) = others.find(|other| is_faster(vec![(other.key.clone(), Some(other.digest))], None)) {
+            return Some(Degraded { model: Some(other.key.clone()), reason, ..Degraded::default() });
         }
         let (input, own) = (&journey.request.input, journey.group());
         let adapter = how.adapter.as_ref().filter(|adapter| input.adapter.as_ref().is_some_and(|own| own != *adapter));
@@ -204,6 +217,30 @@ impl Orchestrator {
     }
 }
 
+/// Returns the other models that a policy names and that can do what the job asks: those of which the gateway has sent
+/// the version and the file, as the catalogue lists them. What a worker says of its own model is not enough.
+fn other_models<'a>(journey: &'a Journey, how: &'a DegradePolicy) -> impl Iterator<Item = &'a ModelDigest> {
+    let is_new = |name: &&ModelName| journey.models().all(|model| model.model_id != **name);
+    let allowed = how.models.iter().filter(|name| journey.policy.allows(name)).filter(is_new);
+    let allowed = allowed.filter(|_| !is_bound_to_model(&journey.request.input));
+    let listed = |name: &ModelName| {
+        let of_name = journey.request.digests.iter().filter(|listed| listed.key.model_id == *name);
+        of_name.max_by_key(|listed| listed.key.version)
+    };
+    allowed.filter_map(listed)
+}
+
+/// Returns whether a request means something else to another model: its result is vectors or a number of tokens, or it
+/// has ids of tokens.
+fn is_bound_to_model(input: &Input) -> bool {
+    let has_ids = |texts: &Vec<EmbedInput>| texts.iter().any(|text| matches!(text, EmbedInput::Tokens(_)));
+    input.embed.is_some()
+        || input.count_only
+        || input.prompt_tokens.is_some()
+        || input.prompts.as_ref().is_some_and(has_ids)
+        || !input.logit_bias.is_empty()
+}
+
 /// Returns the error of a job that had to leave the queue.
 fn left(journey: &mut Journey, why: Shed) -> WireError {
     match why {
@@ -223,9 +260,12 @@ fn shed(journey: &mut Journey, reason: &'static str, message: &str, retry_after:
 
 /// Returns the chunk that says that a job still waits, and how it was made cheaper.
 fn waiting_chunk(journey: &Journey) -> Vec<u8> {
+    codec::encode(&InferChunk { degraded: journey.degraded.clone(), ..progress_chunk(journey) })
+}
+
+fn progress_chunk(journey: &Journey) -> InferChunk {
     let chunk = InferChunk::new(journey.request.correlation_id, journey.request.attempt, 0, Payload::default());
-    let degraded = journey.degraded.clone();
-    codec::encode(&InferChunk { progress: Some(Progress::default()), degraded, ..chunk })
+    InferChunk { progress: Some(Progress::default()), ..chunk }
 }
 
 /// Returns what of a job was made cheaper.

@@ -8,14 +8,16 @@ use metadata_store::{
     FinaliseError, Finalised, JobKey, JobRecord, JobStore, Lease, NewJob, ReassignError, Reassignment, RecordPage,
     ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, UsageCursor, UsageRecord,
 };
-use protocol::infer::{Degraded, InferChunk, InferRequest, SUBMIT};
-use protocol::jobs::{DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JobQuery};
+use protocol::infer::{Degraded, InferChunk, InferRequest, ModelDigest, SUBMIT};
+use protocol::jobs::{
+    DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JOB_CANCEL, JobQuery, JobRef, JobsCancelled,
+};
 use protocol::model::ModelKey;
 use protocol::policy::{DegradePolicy, ServiceClass, TenantPolicy};
 use protocol::presence::HighWater;
 use protocol::queue::{QUEUE_LIST, QueuePage, QueueQuery, WaitReason};
 use protocol::quota::QuotaUsage;
-use protocol::{CorrelationId, ErrorCode, TenantId, UnixMillis, WireError, WorkerId, codec};
+use protocol::{CorrelationId, Digest, ErrorCode, TenantId, UnixMillis, WireError, WorkerId, codec};
 use rpc::{CallError, ResponseStream, StreamOptions};
 use tether_orchestrator::Config;
 use tokio::runtime::Handle;
@@ -349,6 +351,68 @@ fn small() -> ModelKey {
     ModelKey { model_id: "small".parse().expect("a name"), ..model() }
 }
 
+/// A job of which the gateway has sent the file of the small model too.
+fn movable(stand: &Stand) -> InferRequest {
+    let digests = vec![ModelDigest { key: small(), digest: Digest::of(b"small") }];
+    InferRequest { digests, ..of(stand, "acme", 40) }
+}
+
+#[tokio::test]
+async fn an_operator_cancels_a_job_that_waits() {
+    let stand = Arc::new(stand(Config::default()).await);
+    let worker = stand.worker(1, Manner::Hang).await;
+    let _filling = fill(&stand, 4).await;
+    let job = of(&stand, "acme", 10);
+    let request = JobRef { correlation_id: job.correlation_id };
+    let waits = {
+        let stand = stand.clone();
+        TaskTracker::new().spawn(async move { read(&stand, &job).await })
+    };
+    waiting(&stand, 1).await;
+    let cancelled: JobsCancelled = stand.operate(JOB_CANCEL, &request).await.expect("allowed");
+    let error = waits.await.expect("no panic").expect_err("cancelled");
+    assert_eq!((error.code, error.should_retry()), (ErrorCode::CancelledByOperator, false));
+    assert_eq!((cancelled.jobs.len(), worker.jobs_seen()), (0, 4));
+    waiting(&stand, 0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_runs_on_its_own_model_if_another_one_cannot_do_it_or_is_not_known_to() {
+    let (stand, workers) = paced(Config { degrade_wait_secs: 2, ..Config::default() }, 2).await;
+    let mut crowd = crowded(&stand).await;
+    let (network, second) = (stand.clone(), small());
+    *workers[1].manner.lock() = Manner::Refuse(ErrorCode::UnsupportedParameter);
+    workers[1].report(&stand, |report| report.supported = vec![small()]).await.expect("believed");
+    let reporting = TaskTracker::new().spawn(async move {
+        loop {
+            time::sleep(Duration::from_secs(5)).await;
+            workers[0].report(&network, |_| {}).await.expect("believed");
+            workers[1].report(&network, |report| report.supported = vec![second.clone()]).await.expect("believed");
+        }
+    });
+    let degrade = DegradePolicy { models: vec![small().model_id], max_tokens: Some(5), ..DegradePolicy::default() };
+    let degrade = Some(degrade);
+    *stand.policy.lock() = TenantPolicy { degrade, ..TenantPolicy::default() };
+    time::sleep(Duration::from_secs(6)).await;
+    let (job, unlisted, mut bound) = (movable(&stand), of(&stand, "acme", 40), movable(&stand));
+    bound.input.logit_bias = [(7, 1.0)].into();
+    let (chunks, unlisted, bound) = tokio::join!(read(&stand, &job), read(&stand, &unlisted), read(&stand, &bound));
+    for (chunks, why) in [(unlisted, "its file is not known"), (bound, "the ids are of its own model")] {
+        let chunks = chunks.expect("answered");
+        let how = chunks.last().and_then(|last| last.payload.degraded.clone()).expect("it would have waited");
+        assert_eq!((how.model, how.max_tokens), (None, Some(5)), "{why}");
+    }
+    let chunks = chunks.expect("answered by the model that was asked for");
+    let told: Vec<_> = chunks.iter().filter_map(|chunk| chunk.degraded.as_ref()).collect();
+    assert_eq!(told.first().and_then(|how| how.model.clone()), Some(small()));
+    assert_eq!(told.last(), Some(&&Degraded::default()), "what was said is taken back");
+    let last = chunks.last().expect("an end");
+    assert_eq!((last.payload.degraded.clone(), last.payload.usage.expect("usage").completion_tokens), (None, 40));
+    assert_eq!(stand.record(&job).await.expect("kept").model, model());
+    crowd.abort_all();
+    reporting.abort();
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_job_that_would_wait_long_runs_on_another_model_if_its_policy_says_so() {
     let (stand, workers) = paced(Config { degrade_wait_secs: 2, ..Config::default() }, 2).await;
@@ -368,7 +432,7 @@ async fn a_job_that_would_wait_long_runs_on_another_model_if_its_policy_says_so(
     let allowed_models = Some(vec![model().model_id]);
     *stand.policy.lock() = TenantPolicy { degrade: Some(degrade.clone()), ..TenantPolicy::default() };
     later().await;
-    let job = InferRequest { linger_ms: Some(1_000), keeps_answer: true, ..of(&stand, "acme", 40) };
+    let job = InferRequest { linger_ms: Some(1_000), keeps_answer: true, ..movable(&stand) };
     let how = Degraded { model: Some(small()), reason: "queue".into(), ..Degraded::default() };
     for is_repeat in [false, true] {
         let chunks = read(&stand, &job).await.expect("answered");
@@ -378,7 +442,7 @@ async fn a_job_that_would_wait_long_runs_on_another_model_if_its_policy_says_so(
     }
     *stand.policy.lock() = TenantPolicy { degrade: Some(degrade), allowed_models, ..TenantPolicy::default() };
     later().await;
-    let job = of(&stand, "acme", 40);
+    let job = movable(&stand);
     let chunks = read(&stand, &job).await.expect("answered");
     let last = chunks.last().expect("an end");
     let how = last.payload.degraded.clone().expect("it would have waited");
