@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test simulate linearizability quotas interop rolling drill templates bench bench-gateway bench-engine lint audit fuzz clean
+.PHONY: help build dist demo up test simulate linearizability quotas cuts interop rolling drill templates bench bench-gateway bench-engine lint audit fuzz clean
 
 # dev shares one build between tests and programs; release is for users.
 PROFILE ?= release
@@ -59,6 +59,10 @@ linearizability: ## Checks the outcomes of calls of many threads to the store (O
 quotas: ## Kills a process within quotas again and again (OPERATIONS=1000000)
 	OPERATIONS=$(or $(OPERATIONS),1000000) scripts/with-progress cargo test --package tether-metadata-store --test it \
 	  -- --ignored --nocapture no_kill_overspends
+
+cuts: ## Cuts answers in JSON schemas and function calls a thousand times, and continues each on another engine
+	@scripts/setup test
+	scripts/with-progress cargo nextest run --package tether-engine --run-ignored only -E 'test(a_thousand_cuts)'
 
 interop: build ## Tests against OpenAI's SDKs, Node's Hyperswarm, llama-server and our client for Node
 	@scripts/setup interop

@@ -41,7 +41,9 @@ impl SourceFile {
 
 /// Runs all checks and prints the findings. Returns whether nothing was found.
 pub(crate) fn run(tether: Option<PathBuf>) -> Result<bool> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the repository")?;
+    // The program may have been built in another checkout.
+    let own = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    let root = own.parent().context("xtask lies in the repository")?;
     let files = read_files(root)?;
     let metadata = cargo_metadata(root)?;
     let crates = floors::crates_of(&metadata)?;

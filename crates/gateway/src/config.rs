@@ -38,14 +38,14 @@ pub struct Config {
     /// Maximum number of connections. Further ones are refused.
     pub connections_max: usize,
     /// Maximum number of connections from one IPv4 address or IPv6 /64 network, and of concurrent requests from one
-    /// behind a trusted proxy. An IPv6 /48 network may have eight times as many. Further ones get status 429. 0 means no
-    /// limit.
+    /// behind a trusted proxy. An IPv6 /48 network may have eight times as many. Further ones get status 429. 0 means
+    /// no limit.
     pub connections_per_address_max: usize,
     /// Networks of the reverse proxies in front of the gateway, such as `10.0.0.0/8` or `192.0.2.7`. From these alone,
     /// the headers `X-Forwarded-For` and `Forwarded` say whose request it is.
     pub trusted_proxies: Vec<ProxyNetwork>,
-    /// Which header of these proxies counts: `x_forwarded_for`, `forwarded`, or `either`. With `either`, a request whose
-    /// two headers disagree counts as the proxy's own. A proxy that writes one header and passes the other on as its
+    /// Which header of these proxies counts: `x_forwarded_for`, `forwarded`, or `either`. With `either`, a request
+    /// whose two headers disagree counts as the proxy's own. A proxy that writes one header and passes the other on as its
     /// client wrote it should be named here.
     pub proxy_header: ProxyHeader,
     /// Maximum number of concurrent jobs. Further ones get status 503.

@@ -229,8 +229,8 @@ impl Upstream {
         Err(last)
     }
 
-    /// Returns the orchestrator that has the job of a request with a key, if there are several to ask. An earlier call may
-    /// have gone to another one than the first in order, because that one was away or had no capacity then.
+    /// Returns the orchestrator that has the job of a request with a key, if there are several to ask. An earlier call
+    /// may have gone to another one than the first in order, because that one was away or had no capacity then.
     async fn holder(&self, request: &InferRequest) -> Option<PublicKey> {
         let peers = self.directory.find(NodeRole::Orchestrator);
         if !request.keeps_answer || peers.len() < 2 {
@@ -301,8 +301,8 @@ fn rank(job: CorrelationId, peer: PublicKey) -> Digest {
 /// How much a running job speaks for its orchestrator: no other one can have the answer.
 const RUNNING: u8 = 2;
 
-/// Returns how much a job speaks for its orchestrator. Returns `None` if it came to nothing, so that the request may run
-/// anywhere.
+/// Returns how much a job speaks for its orchestrator. Returns `None` if it came to nothing, so that the request may
+/// run anywhere.
 fn holds(job: &JobInfo) -> Option<u8> {
     match job.status {
         JobStatus::Running => Some(RUNNING),

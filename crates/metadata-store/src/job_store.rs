@@ -48,8 +48,9 @@ pub trait JobStore: Store {
     /// Fails up to `limit` jobs whose lease has expired, frees their reservations, and returns the jobs.
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError>;
 
-    /// Fails the jobs that a dead process has left, frees their reservations, and returns the jobs. Call it once, before
-    /// the first reservation. A store that several processes may share has none of which it could be sure.
+    /// Fails the jobs that a dead process has left, frees their reservations, and returns the jobs. Call it once,
+    /// before the first reservation. A store that several processes may share returns none, because their processes may
+    /// live.
     async fn release_orphans(&self, now: UnixMillis) -> Result<Vec<JobRecord>, StoreError>;
 
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError>;

@@ -225,9 +225,9 @@ impl Writer {
         self.shared.state.send_modify(|state| state.quota = Some(quota));
     }
 
-    /// Says how the job was made cheaper. Called at most once, before the first chunk.
-    pub(crate) fn tell_degraded(&self, degraded: Degraded) {
-        self.shared.state.send_modify(|state| state.degraded = Some(degraded));
+    /// Says how the job was made cheaper, or that it no longer is. Called before the first chunk.
+    pub(crate) fn tell_degraded(&self, degraded: Option<Degraded>) {
+        self.shared.state.send_modify(|state| state.degraded = degraded);
     }
 
     /// Adds a chunk. Waits for the readers if the answer is too long to be kept whole.

@@ -87,7 +87,7 @@ impl Delivery {
     }
 
     /// Says how the job was made cheaper, to everyone who reads a shared answer. Other callers learn it from progress.
-    pub(crate) fn tell_degraded(&self, degraded: Degraded) {
+    pub(crate) fn tell_degraded(&self, degraded: Option<Degraded>) {
         if let State::Shared { writer, .. } = &self.state {
             writer.tell_degraded(degraded);
         }

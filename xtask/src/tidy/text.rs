@@ -48,6 +48,7 @@ fn check_lines(file: &SourceFile) -> Vec<String> {
         "measures memory: docs/benchmarks.md",
         "runs for long: make linearizability",
         "runs for long: make quotas",
+        "runs for long: make cuts",
     ]
     .map(|why| format!("{ignored} = \"{why}"));
     let is_language = ["crates/inference/src/", "crates/protocol/src/"].iter().any(|src| file.path.starts_with(src));

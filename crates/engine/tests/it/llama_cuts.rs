@@ -162,9 +162,8 @@ async fn schemas_and_calls_continue_after_any_piece_on_another_engine() {
     cut_so_often(150).await;
 }
 
-/// `cargo nextest run -p tether-engine --run-ignored only -E 'test(a_thousand_cuts)' --no-capture`
 #[tokio::test]
-#[ignore = "takes minutes"]
+#[ignore = "runs for long: make cuts"]
 async fn a_thousand_cuts_in_schemas_and_calls_are_mended() {
     cut_so_often(500).await;
 }

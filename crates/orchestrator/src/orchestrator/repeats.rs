@@ -77,9 +77,7 @@ impl Orchestrator {
             }
             Ok(Some((created_at, chunks))) => {
                 delivery.begin(Origin { created_at, replayed: true, attached: false });
-                if let Some(degraded) = chunks.last().and_then(degraded_of) {
-                    delivery.tell_degraded(degraded);
-                }
+                delivery.tell_degraded(chunks.last().and_then(degraded_of));
                 // If it fails, the readers are gone or too slow.
                 let _ = delivery.replay(chunks).await;
                 Ok(())

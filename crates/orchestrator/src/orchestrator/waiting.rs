@@ -97,7 +97,7 @@ impl Orchestrator {
         let Some(degraded) = self.cheaper(journey, how, wait) else { return Ok(()) };
         info!(correlation_id = %journey.request.correlation_id, %degraded, "a job is made cheaper");
         self.metrics.degraded.get_or_create(&ReasonLabel { reason: what(&degraded) }).inc();
-        delivery.tell_degraded(degraded.clone());
+        delivery.tell_degraded(Some(degraded.clone()));
         journey.degrade(degraded);
         if journey.wants_progress && delivery.send_progress(&waiting_chunk(journey)).await.is_err() {
             return Err(gone());
@@ -112,6 +112,7 @@ impl Orchestrator {
             return false;
         }
         info!(correlation_id = %journey.request.correlation_id, "a job returns to the models that it asked for");
+        delivery.tell_degraded(None);
         if journey.wants_progress {
             let told = InferChunk { degraded: Some(Degraded::default()), ..progress_chunk(journey) };
             // A caller that has gone is noticed by the next attempt.
