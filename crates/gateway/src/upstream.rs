@@ -27,7 +27,7 @@ const CALL: Duration = Duration::from_secs(2);
 /// How long an orchestrator may take to say whether it has a job.
 const HOLDER: Duration = Duration::from_millis(150);
 /// How long a request waits for discovery to find a node of a role.
-const APPEAR: Duration = Duration::from_secs(1);
+const APPEAR: Duration = Duration::from_secs(3);
 /// How many times all orchestrators are tried in turn.
 const ROUNDS: u32 = 3;
 /// How long a job waits for orchestrators that restart. They let their jobs finish first.
