@@ -45,8 +45,8 @@ pub struct Config {
     /// the headers `X-Forwarded-For` and `Forwarded` say whose request it is.
     pub trusted_proxies: Vec<ProxyNetwork>,
     /// Which header of these proxies counts: `x_forwarded_for`, `forwarded`, or `either`. With `either`, a request
-    /// whose two headers disagree counts as the proxy's own. A proxy that writes one header and passes the other on as its
-    /// client wrote it should be named here.
+    /// whose two headers disagree counts as the proxy's own. Name the header if your proxy writes one and passes the
+    /// other on as its client wrote it.
     pub proxy_header: ProxyHeader,
     /// Maximum number of concurrent jobs. Further ones get status 503.
     pub jobs_max: usize,

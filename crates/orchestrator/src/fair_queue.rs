@@ -2,9 +2,9 @@
 //!
 //! Jobs that the same workers may run form a *group*. Within a group, the jobs of one tenant and class form a *flow*,
 //! in the order of their arrival. Each flow has a counter of the tokens it was given, divided by its weight; the next
-//! job is the one whose flow would have the smallest counter after it (weighted fair queueing in virtual time). A flow that
-//! returns is lifted to the virtual time of its group, so that nobody saves up a share while idle. Between groups the
-//! same rule applies, because they may share workers.
+//! job is the one whose flow would have the smallest counter after it (weighted fair queueing in virtual time). A flow
+//! that returns is lifted to the virtual time of its group, so that nobody saves up a share while idle. Between groups
+//! the same rule applies, because they may share workers.
 
 mod bounds;
 mod drain;
