@@ -54,7 +54,7 @@ pub struct Arrival<G> {
     /// The workers that may run it.
     pub group: G,
     pub flow: FlowKey,
-    /// The tenant's weight.
+    /// The share of its tenant, relative to others.
     pub weight: u32,
     /// Expected tokens of its prompt and answer.
     pub cost: u64,

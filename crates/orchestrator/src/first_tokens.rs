@@ -21,7 +21,7 @@ pub(crate) struct FirstTokens(HashMap<(WorkerId, ModelKey), Times>);
 
 #[derive(Debug)]
 struct Times {
-    /// The newest last.
+    /// The last waits, oldest first.
     times: VecDeque<Duration>,
     heard_at: Instant,
 }

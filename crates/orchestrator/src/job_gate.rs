@@ -81,10 +81,11 @@ pub(crate) struct Label {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Shed {
     /// The queue was full, and this job's tenant was the farthest over its share.
-    OverShare { retry_after: Duration },
+    OverShare {
+        retry_after: Duration,
+    },
     /// An operator cancelled it.
     Cancelled,
-    /// The orchestrator stops.
     Stopped,
 }
 

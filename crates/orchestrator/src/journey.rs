@@ -372,7 +372,7 @@ impl Journey {
         Group { models, adapter: self.request.input.adapter.clone(), regions: self.policy.allowed_regions.clone() }
     }
 
-    /// Makes it cheaper.
+    /// Changes the request as a policy says, and keeps what its caller is told of it.
     pub(crate) fn degrade(&mut self, degraded: Degraded) {
         let input = &mut self.request.input;
         if degraded.model.is_some() {

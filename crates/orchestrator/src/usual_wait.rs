@@ -16,7 +16,7 @@ const EVERY: Duration = Duration::from_secs(2);
 /// The last waits for a model's first token.
 #[derive(Debug, Default)]
 pub(crate) struct UsualWait {
-    /// The newest last.
+    /// The last waits, oldest first.
     waits: VecDeque<Duration>,
     recorded_at: Option<Instant>,
 }

@@ -62,7 +62,7 @@ pub struct WaitingJob {
     pub prompt_tokens: u32,
     /// Milliseconds that it has waited.
     pub waited_ms: u64,
-    /// Why it waits.
+    /// What keeps it from starting.
     pub reason: WaitReason,
     /// Expected milliseconds until it starts; absent if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -127,7 +127,7 @@ pub(super) const REPEATS: usize = 50;
 const SECOND: Duration = Duration::from_secs(1);
 
 impl Cell {
-    /// Returns all cells.
+    /// Returns every cell, in the order in which drills run them.
     pub(super) fn all() -> Vec<Self> {
         let cell = |victim, injury| Self { victim, injury };
         let kills = VICTIMS

@@ -10,7 +10,6 @@ use super::requests::{Request, RightAnswer};
 /// connection.
 const IN_BUFFERS: u32 = 64;
 
-/// What went wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Fault {
