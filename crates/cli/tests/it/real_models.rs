@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use engine::{LlamaRuntime, ModelRuntime as _};
 use serde_json::{Value, json};
 
 use crate::program::{Home, Up, wait_for};
@@ -102,20 +103,28 @@ const BEGINNINGS: [&str; 10] = [
     "Electricity was first used to",
 ];
 
+/// Returns whether our kernels run here. What ggml's make depends on how many rows are beside it.
+fn kernels_are_supported() -> bool {
+    LlamaRuntime::new().describe().detail.contains("TETHER_KERNELS")
+}
+
 /// One by one on an idle engine, so each prompt shares a little with others, loses its place to them, and comes back.
 #[tokio::test(flavor = "multi_thread")]
 async fn real_models_answer_the_same_request_alike_to_the_bit() {
     let home = Home::new();
     let (smol, gemma) = (file("smollm2"), file("gemma3"));
     let up = home.up_with(&[&smol, &gemma, "--workers", "1"], &[]);
+    let deterministic = !kernels_are_supported();
     for model in ["smollm2", "gemma3"] {
         let mut rounds = Vec::new();
         for _ in 0..2 {
             let mut round = Vec::new();
             for beginning in BEGINNINGS {
                 let prompt = format!("Tell: {beginning}");
-                let plain =
-                    json!({ "model": model, "prompt": prompt, "max_tokens": 24, "temperature": 0, "logprobs": 1 });
+                let plain = json!({
+                    "model": model, "prompt": prompt, "max_tokens": 24, "temperature": 0, "logprobs": 1,
+                    "deterministic": deterministic,
+                });
                 let (status, body) = post(&up, "/v1/completions", &plain).await;
                 assert_eq!(status, 200, "{model}: {body}");
                 round.push(parsed(&body)["choices"].clone());
@@ -145,8 +154,8 @@ fn a_real_model_is_added_listed_named_asked_and_forgotten() {
         listed.lines().find(|line| line.starts_with("smol@1.0")).unwrap_or_else(|| panic!("{listed}")).to_owned()
     };
     assert!(line().contains("Q4_1") && line().contains("on disk") && line().contains("gpt-4o-mini"), "{}", line());
-    let asked = ["run", "gpt-4o-mini", "What is the capital of France?", "--temperature", "0", "--max-tokens", "16"];
-    assert!(home.well(&asked).contains("Paris"));
+    let asked = ["run", "gpt-4o-mini", "What is the capital of Japan?", "--temperature", "0", "--max-tokens", "16"];
+    assert!(home.well(&asked).contains("Tokyo"));
     wait_for("the list to show it in memory", || line().contains("ready"));
     assert_eq!(up.end(), Some(0));
     home.well(&["model", "rm", "smol", "--force"]);

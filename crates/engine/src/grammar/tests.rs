@@ -196,7 +196,7 @@ fn a_bomb_costs_bounded_time_and_ends_in_an_answer_or_an_error() {
             }
         }
         // An optimised build takes far less than a second. Tests run unoptimised and in parallel.
-        assert!(begin.elapsed() < Duration::from_secs(20), "{name} took {:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_mins(1), "{name} took {:?}", begin.elapsed());
     }
 }
 

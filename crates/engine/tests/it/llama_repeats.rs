@@ -135,6 +135,6 @@ async fn without_our_kernels_an_answer_repeats_to_the_bit_where_that_is_asked_fo
 }
 
 /// Returns whether our kernels run here: what they make does not depend on how many rows are beside it.
-fn kernels_are_supported() -> bool {
+pub(crate) fn kernels_are_supported() -> bool {
     LlamaRuntime::new().describe().detail.contains("TETHER_KERNELS")
 }

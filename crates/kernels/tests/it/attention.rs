@@ -141,7 +141,9 @@ proptest! {
         blocks in 1_usize..12,
         seed: u64,
     ) {
-        prop_assume!(is_supported());
+        if !is_supported() {
+            return Ok(());
+        }
         let room = Cells::new(registers * 16, [group * kv_heads, kv_heads], queries, blocks * 16, seed);
         let output = room.attend(2);
         for query in 0..queries {

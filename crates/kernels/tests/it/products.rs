@@ -67,7 +67,9 @@ proptest! {
         count in 1_usize..40,
         seed: u64,
     ) {
-        prop_assume!(is_supported());
+        if !is_supported() {
+            return Ok(());
+        }
         let quantization = if is_four_bits { Quantization::Q4_0 } else { Quantization::Q8_0 };
         let (columns, rows) = (pairs * 2 * BLOCK, groups * LANES);
         let matrix = Matrix::new(quantization, columns, rows).expect("it can be packed");
