@@ -54,8 +54,9 @@ pub(crate) struct Timeouts {
     pub(crate) stall: Duration,
 }
 
-/// Keeps the directory and the membership of an [`Upstream`] up to date while it runs.
+/// Keeps the directory, the membership and the connections of an [`Upstream`] up to date while it runs.
 pub(crate) struct UpstreamTask {
+    client: Client,
     directory: DirectoryTask,
     membership: MembershipTask,
 }
@@ -63,7 +64,8 @@ pub(crate) struct UpstreamTask {
 impl UpstreamTask {
     /// Runs until `stop`.
     pub(crate) async fn run(self, stop: CancellationToken) {
-        tokio::join!(self.directory.run(stop.clone()), self.membership.run(stop));
+        let pauses = self.client.watch_for_pauses(stop.clone());
+        tokio::join!(self.directory.run(stop.clone()), self.membership.run(stop), pauses);
     }
 }
 
@@ -71,7 +73,8 @@ impl Upstream {
     pub(crate) fn new(transport: Arc<dyn Transport>, region: Region, membership: Membership) -> (Self, UpstreamTask) {
         let client = Client::new(transport.clone()).with_membership(membership);
         let (directory, task) = Directory::new(transport, client.clone(), Topic::Control(region));
-        let task = UpstreamTask { directory: task, membership: MembershipTask::new(client.clone(), directory.clone()) };
+        let membership = MembershipTask::new(client.clone(), directory.clone());
+        let task = UpstreamTask { client: client.clone(), directory: task, membership };
         (Self { client, directory, turn: AtomicUsize::new(0), had_orchestrator: AtomicBool::new(false) }, task)
     }
 

@@ -75,9 +75,6 @@ use crate::worker_record::WorkerRecords;
 const MOVE_WITHIN: Duration = Duration::from_millis(1_500);
 /// How long a worker that was set aside may take to respond on a new connection.
 const CHECK_WITHIN: Duration = Duration::from_secs(5);
-/// How long this process must have been stopped for its connections to be checked.
-const PAUSE: Duration = Duration::from_secs(3);
-const PAUSE_CHECKED_EVERY: Duration = Duration::from_millis(500);
 /// How long after a restart jobs wait for the workers that were known before to report again. A worker that has not
 /// done so by then is gone.
 const WORKERS_RETURN_WITHIN: Duration = Duration::from_secs(15);
@@ -838,7 +835,7 @@ impl Orchestrator {
 
         background.spawn(keeper.run(ended.clone()));
         background.spawn(relay.run(ended.clone()));
-        background.spawn(suspect_after_pauses(orchestrator.client.clone(), ended.clone()));
+        background.spawn(orchestrator.client.clone().watch_for_pauses(ended.clone()));
 
         let drain = Duration::from_secs(orchestrator.config.drain_secs);
         let info = NodeInfo { roles: vec![NodeRole::Orchestrator], region, version };
@@ -942,20 +939,6 @@ async fn cancelled(journey: &Journey) {
     match &journey.reservation {
         Some(reservation) => reservation.stop.cancelled.cancelled().await,
         None => std::future::pending().await,
-    }
-}
-
-/// Makes the next call to each peer check its connection first, each time this process did not run for a while: its
-/// peers may have given up their connections meanwhile.
-async fn suspect_after_pauses(client: Client, stop: CancellationToken) {
-    let mut last = Instant::now();
-    while stop.run_until_cancelled(time::sleep(PAUSE_CHECKED_EVERY)).await.is_some() {
-        let now = Instant::now();
-        if now - last >= PAUSE {
-            warn!(secs = (now - last).as_secs(), "this process was stopped for a while, connections are checked");
-            client.suspect_all();
-        }
-        last = now;
     }
 }
 

@@ -13,6 +13,7 @@ use protocol::{ErrorCode, PublicKey, WireError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
 
 use self::introduction::introduce;
 use self::links::{Link, Links};
@@ -21,6 +22,7 @@ use crate::transport::{RequestError, Transport, TransportError};
 
 mod introduction;
 mod links;
+mod pauses;
 mod response_stream;
 
 pub use response_stream::{REQUEST_BYTES_PER_SEC, ResponseStream, StreamOptions};
@@ -231,10 +233,10 @@ impl Client {
         }
     }
 
-    /// Makes the next call to each peer ping it first. For a process that was stopped for a while: its peers may have
-    /// given up its connections.
-    pub fn suspect_all(&self) {
-        self.links.suspect_all();
+    /// Makes the next call to each peer ping it first, each time this process did not run for a while: its peers may
+    /// have given up its connections. Runs until `stop`.
+    pub async fn watch_for_pauses(self, stop: CancellationToken) {
+        stop.run_until_cancelled(self.links.watch_for_pauses()).await;
     }
 
     /// Clears the backoff of a peer that has shown a sign of life, so that the next call dials it at once.

@@ -292,6 +292,7 @@ impl BaseWorker {
         let (wanting, region) = (handlers.clone(), config.region.clone());
         let announcer = Announcer::new(transport, move || wanting.wanted_topics(&region), changes.subscribe());
         let announcer = tasks.spawn(announcer.run(reporter_stop.clone()));
+        tasks.spawn(client.clone().watch_for_pauses(server_stop.clone()));
 
         stop.cancelled().await;
         info!(jobs = guard.count(), "the worker is stopping");

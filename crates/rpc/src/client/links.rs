@@ -17,10 +17,11 @@ use tokio::sync::watch;
 use tokio::time::{self, Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::CallError;
 use super::introduction::Introduction;
+use super::pauses::{self, Pauses};
 use crate::backoff::{self, Backoff};
 use crate::transport::{Connection, RequestError, Transport};
 
@@ -38,6 +39,7 @@ pub(super) struct Links {
     transport: Arc<dyn Transport>,
     connect_within: Duration,
     peers: Arc<Mutex<Peers>>,
+    pauses: Pauses,
     tasks: TaskTracker,
     stop: CancellationToken,
     _end: DropGuard,
@@ -200,12 +202,14 @@ impl Links {
     pub(super) fn new(transport: Arc<dyn Transport>, connect_within: Duration) -> Self {
         let stop = CancellationToken::new();
         let end = stop.clone().drop_guard();
-        Self { transport, connect_within, peers: Arc::default(), tasks: TaskTracker::new(), stop, _end: end }
+        let (peers, pauses, tasks) = (Arc::default(), Pauses::default(), TaskTracker::new());
+        Self { transport, connect_within, peers, pauses, tasks, stop, _end: end }
     }
 
     /// Returns a connection to a peer that is believed to be alive, and opens one if needed. Cancel safe: a dial
     /// continues for later callers.
     pub(super) async fn get(&self, peer: PublicKey) -> Result<Arc<Link>, CallError> {
+        self.note_pause();
         if let Some(link) = self.sound(peer) {
             return Ok(link);
         }
@@ -289,8 +293,24 @@ impl Links {
         }
     }
 
+    /// Notices pauses of this process. A call that begins right after one notices it as well.
+    pub(super) async fn watch_for_pauses(&self) {
+        self.pauses.begin();
+        loop {
+            time::sleep(pauses::BEAT).await;
+            self.note_pause();
+        }
+    }
+
+    fn note_pause(&self) {
+        if let Some(stopped) = self.pauses.take() {
+            warn!(secs = stopped.as_secs(), "this process was stopped for a while, connections are checked");
+            self.suspect_all();
+        }
+    }
+
     /// Makes the next call to each peer ping it first.
-    pub(super) fn suspect_all(&self) {
+    fn suspect_all(&self) {
         for peer in self.lock().by_key.values() {
             if let Some(opening) = &peer.opening
                 && let Opening::Open(link) = &*opening.borrow()

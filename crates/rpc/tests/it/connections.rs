@@ -333,9 +333,30 @@ async fn a_check_tells_a_new_connection_from_an_old_one() {
     stop.send_replace(false);
     assert_eq!(scene.client.check(scene.peer, SECOND).await, Err(CallError::Deadline));
     stop.send_replace(true);
-    // A process that was stopped itself suspects all its connections.
-    scene.client.suspect_all();
     assert_eq!(scene.client.check(scene.peer, SECOND).await, Ok(first), "the old one is still good");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_that_was_stopped_checks_its_connections_before_it_uses_them() {
+    let scene = Scene::new(Duration::ZERO);
+    scene.tasks.spawn(scene.client.clone().watch_for_pauses(CancellationToken::new()));
+    scene.serve();
+    scene.ping(SECOND).await.expect("well");
+    time::advance(SECOND * 20).await;
+    scene.ping(SECOND).await.expect("well");
+    assert_eq!(scene.dials(), 1, "a good connection stays");
+    scene.client.disconnect(scene.peer);
+
+    // A node that takes connections and never reads them stands for one that has given up the connection.
+    let _silent = scene.network.node(&NodeKey::from_seed(&[1; 32]));
+    scene.client.connect(scene.peer).await.expect("open");
+    scene.serve();
+    time::advance(SECOND * 20).await;
+    let begun = Instant::now();
+    let long = StreamOptions { accept_within: SECOND * 100, ..options() };
+    let refused = scene.client.open_stream(scene.peer, "none", Bytes::new(), long).await.expect_err("unknown");
+    assert!(matches!(refused, CallError::Remote(_)), "{refused:?}");
+    assert!(begun.elapsed() <= SECOND, "{:?}", begun.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
