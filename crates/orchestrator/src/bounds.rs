@@ -3,7 +3,7 @@
 //! Workers are members of the pool, but their word on usage and length is not trusted: a worker that lies must not fill
 //! the caller's memory or the tenant's bill.
 
-use protocol::infer::InferRequest;
+use protocol::infer::{InferRequest, Input};
 use protocol::usage::TokenUsage;
 
 /// Tokens that a chat template and a model's own system prompt may add to a conversation.
@@ -46,7 +46,11 @@ impl Bounds {
     /// Computes the bounds of the answer to a request that takes `request_bytes` on the wire. `context_length` is the
     /// model's, in tokens; 0 if unknown.
     pub(crate) fn of(request: &InferRequest, request_bytes: usize, context_length: u32) -> Self {
-        let input = &request.input;
+        Self::limited(&request.input, request.input.max_tokens, request_bytes, context_length)
+    }
+
+    /// Computes the bounds if each answer has at most `max_tokens` tokens.
+    pub(crate) fn limited(input: &Input, max_tokens: Option<u32>, request_bytes: usize, context_length: u32) -> Self {
         let context = if context_length == 0 { TOKENS_MAX } else { context_length.min(TOKENS_MAX) };
         let request_bytes = u32::try_from(request_bytes).unwrap_or(u32::MAX);
         let added = if input.messages.is_some() { TEMPLATE_TOKENS_MAX } else { SPECIAL_TOKENS_MAX };
@@ -57,16 +61,16 @@ impl Bounds {
         let completion_tokens = if input.embed.is_some() || input.count_only {
             0
         } else {
-            input.max_tokens.unwrap_or(context).saturating_mul(input.answers())
+            max_tokens.unwrap_or(context).saturating_mul(input.answers())
         };
-        let answer_tokens = input.max_tokens.unwrap_or(context).min(completion_tokens);
+        let answer_tokens = max_tokens.unwrap_or(context).min(completion_tokens);
         let echoed = if input.echo { prompt_tokens.saturating_mul(input.answers_each()) } else { 0 };
         let alternatives = u64::from(input.logprobs.unwrap_or(0));
         let per_token = TOKEN_BYTES_MAX + alternatives * ALTERNATIVE_BYTES_MAX;
         let vectors = input.embed.as_ref().map_or(0, Vec::len) as u64;
         let bytes = (u64::from(completion_tokens) + u64::from(echoed)).saturating_mul(per_token);
         let bytes = bytes.saturating_add(vectors * VECTOR_BYTES_MAX).saturating_add(OTHER_BYTES_MAX);
-        let sequence_tokens = u64::from(from_text) + u64::from(input.max_tokens.unwrap_or(0));
+        let sequence_tokens = u64::from(from_text) + u64::from(max_tokens.unwrap_or(0));
         let has_echo = input.echo;
         Self { prompt_tokens, completion_tokens, answer_tokens, bytes, sequence_tokens, context_length, has_echo }
     }

@@ -645,6 +645,7 @@ impl<'a> CandidateIter<'a> {
                 load: worker.others.saturating_add(worker.reserved.load(Ordering::Relaxed)),
                 warm_share: source.warm.get(&replica.worker).copied().unwrap_or_default(),
                 tokens_per_second: replica.tokens_per_second,
+                context_length: replica.context_length,
                 barred,
             });
         }

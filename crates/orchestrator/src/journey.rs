@@ -72,6 +72,8 @@ pub struct Journey {
     pub answer_tokens: Option<u32>,
     /// Length of the request as its first worker got it.
     pub request_bytes: Option<usize>,
+    /// The fewest tokens that it could cost on a worker and that its tenant's quotas did not allow.
+    pub(crate) tokens_refused: Option<u64>,
     /// The model that the request names. A tenant's policy may have removed it from `builds`.
     requested: ModelKey,
     /// The other models that the request names.
@@ -179,6 +181,7 @@ impl Journey {
             permit: None,
             answer_tokens: None,
             request_bytes: None,
+            tokens_refused: None,
             deadline,
             wants_progress,
             tried: vec![],
@@ -320,7 +323,7 @@ impl Journey {
         self.had = self.journal.progress();
         self.request.delivered = self.journal.delivered();
         self.request.deadline_ms = None;
-        (self.doubted, self.refusal) = (None, None);
+        (self.doubted, self.refusal, self.tokens_refused) = (None, None, None);
         self.keep_current_build();
     }
 
@@ -436,6 +439,13 @@ impl Journey {
         self.refusal = Some(refusal.clone());
         let build = &mut self.builds[self.build];
         build.short_context = if context == 0 { u32::MAX } else { build.short_context.max(context) };
+    }
+
+    /// Rules out the workers on which it could cost as much as on the current one. No worker failed.
+    pub(crate) fn refuse_tokens(&mut self, tokens: u64) {
+        self.tried.pop();
+        self.barred.pop();
+        self.tokens_refused = Some(self.tokens_refused.map_or(tokens, |fewest| fewest.min(tokens)));
     }
 
     /// Asks another worker whether the model can really not do what the job asks: one worker's word is not enough to

@@ -212,7 +212,9 @@ impl Orchestrator {
             let held = u32::from(Some(candidate.worker_id) == own);
             // A job that has a reservation never waits behind others.
             let limit = if own.is_some() { candidate.capacity } else { candidate.limit };
-            Candidate { load: candidate.load.saturating_sub(held), limit, ..candidate }
+            let barred = self.is_over_quota(journey, candidate.context_length).then_some(Refusal::OverQuota);
+            let barred = barred.or(candidate.barred);
+            Candidate { load: candidate.load.saturating_sub(held), limit, barred, ..candidate }
         };
         let mut placement = self.fleet.with_candidates(&wanted, Instant::now(), |candidates| {
             scheduler::place(candidates.map(without_own).filter(may_run), &barred, &self.config.weights, table)
@@ -370,6 +372,12 @@ impl Orchestrator {
         }
         if retry_manager::is_of_the_model(failure) && journey.doubt(error) {
             journey.step(JobEvent::GiveUpAttempt);
+            return ControlFlow::Continue(());
+        }
+        if failure.delivered == Part::Nothing && self.costs_too_much(journey, error) {
+            self.metrics.retries.get_or_create(&ReasonLabel { reason: error.code.as_str() }).inc();
+            journey.step(JobEvent::GiveUpAttempt);
+            journey.last_error = Some(error.clone());
             return ControlFlow::Continue(());
         }
         let tries = journey.failures(failure.delivered, *fault);

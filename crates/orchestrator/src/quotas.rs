@@ -131,19 +131,48 @@ impl Orchestrator {
 
     /// Returns what a job takes of its tenant's quotas if a worker runs it.
     pub(crate) fn claim(&self, journey: &mut Journey, worker_id: WorkerId) -> Claim {
-        let limits = QuotaLimits::of(&journey.policy);
         let context_length = self.fleet.context_length(worker_id, journey.model());
+        // A part of the answer that was delivered makes the request longer, and the prompt stays the same.
+        if journey.request_bytes.is_none() {
+            let request = journey.limited_to(self.answer_tokens(journey, context_length));
+            journey.request_bytes = Some(codec::encode(&*request).len());
+        }
+        self.claim_within(journey, context_length)
+    }
+
+    /// Returns what a job takes of its tenant's quotas if a worker with such a context runs it.
+    fn claim_within(&self, journey: &Journey, context_length: u32) -> Claim {
+        let answer_tokens = self.answer_tokens(journey, context_length);
+        let (input, request_bytes) = (&journey.request.input, journey.request_bytes.unwrap_or_default());
+        let bounds = Bounds::limited(input, answer_tokens.or(input.max_tokens), request_bytes, context_length);
+        Claim { limits: QuotaLimits::of(&journey.policy), tokens: bounds.tokens(), answer_tokens }
+    }
+
+    /// Returns the most tokens of each answer, if the request sets none and its tenant's tokens are limited.
+    fn answer_tokens(&self, journey: &Journey, context_length: u32) -> Option<u32> {
         let input = &journey.request.input;
         let is_open = input.max_tokens.is_none() && input.embed.is_none() && !input.count_only;
         let most = self.config.quota_answer_tokens.max(1);
         let is_long = context_length == 0 || context_length > most;
-        let answer_tokens = (limits.limits_tokens() && is_open && is_long).then_some(most);
-        let request = journey.limited_to(answer_tokens);
-        // A part of the answer that was delivered makes the request longer, and the prompt stays the same.
-        let request_bytes = journey.request_bytes.unwrap_or_else(|| codec::encode(&*request).len());
-        let tokens = Bounds::of(&request, request_bytes, context_length).tokens();
-        journey.request_bytes = Some(request_bytes);
-        Claim { limits, tokens, answer_tokens }
+        (QuotaLimits::of(&journey.policy).limits_tokens() && is_open && is_long).then_some(most)
+    }
+
+    /// Returns whether a job could cost as much with such a context as its tenant's quotas did not allow elsewhere.
+    pub(crate) fn is_over_quota(&self, journey: &Journey, context_length: u32) -> bool {
+        let refused = journey.tokens_refused;
+        refused.is_some_and(|refused| self.claim_within(journey, context_length).tokens >= refused)
+    }
+
+    /// Rules out the workers on which a job could cost as much as where a quota of tokens did not allow it. Returns
+    /// false if the job failed for another reason.
+    pub(crate) fn costs_too_much(&self, journey: &mut Journey, refusal: &WireError) -> bool {
+        let is_of_tokens = refusal.quota.as_ref().is_some_and(|quota| quota.rule.is_of_tokens());
+        let worker = journey.last_worker().filter(|_| is_of_tokens && !journey.is_dispatched);
+        let Some(worker) = worker else { return false };
+        let context_length = self.fleet.context_length(worker, journey.model());
+        let Claim { tokens, .. } = self.claim_within(journey, context_length);
+        journey.refuse_tokens(tokens);
+        true
     }
 
     /// Has the caller told what is left of its tenant's tokens, if they are limited.

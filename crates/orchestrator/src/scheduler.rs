@@ -41,6 +41,8 @@ pub struct Candidate {
     pub warm_share: f32,
     /// Decode speed in tokens per second, 0 if unknown.
     pub tokens_per_second: f32,
+    /// The model's context in tokens, 0 if unknown.
+    pub context_length: u32,
     /// Why it cannot be chosen, if so.
     pub barred: Option<Refusal>,
 }
@@ -75,6 +77,8 @@ pub enum Refusal {
     CannotContinue,
     /// Its context is no longer than one that was too short for the job.
     ShortContext,
+    /// The job could cost more there than its tenant's quotas allow.
+    OverQuota,
     /// It already failed this job with the same model.
     Tried,
 }
@@ -96,6 +100,7 @@ impl Refusal {
             Self::NoAdapter => "no_adapter",
             Self::CannotContinue => "cannot_continue",
             Self::ShortContext => "short_context",
+            Self::OverQuota => "over_quota",
             Self::Tried => "tried",
         }
     }

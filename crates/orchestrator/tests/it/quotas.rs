@@ -9,7 +9,7 @@ use protocol::quota::{QUOTA_LIST, QuotaPage, QuotaQuery, QuotaRule, QuotaState};
 use protocol::{ErrorCode, codec};
 use tether_orchestrator::Config;
 
-use crate::stand::{Manner, Stand, Worker, stand};
+use crate::stand::{Manner, Stand, Worker, key, stand};
 
 /// Policies are not cached, so that tests need not wait.
 fn config() -> Config {
@@ -129,6 +129,39 @@ async fn a_job_moves_to_no_worker_where_it_could_exceed_a_limit() {
     assert_eq!((short.jobs_seen(), long_context.jobs_seen()), (1, 0));
     let after = state(&stand, QuotaRule::TokensPerDay).await;
     assert_eq!((after.spent, after.reserved), (0, 0));
+}
+
+/// Adds workers in the order in which they are asked: what each does, and its context.
+async fn in_order(stand: &Stand, workers: Vec<(Manner, u32)>) -> Vec<Worker> {
+    let mut numbers: Vec<u8> = (1..=workers.len() as u8).collect();
+    numbers.sort_by_key(|number| key(*number).public_key());
+    let mut added = vec![];
+    for (number, (manner, context_length)) in numbers.into_iter().zip(workers) {
+        let worker = stand.worker(number, manner).await;
+        let change = |report: &mut HealthReport| report.model_cache[0].context_length = context_length;
+        worker.report(stand, change).await.expect("believed");
+        added.push(worker);
+    }
+    added
+}
+
+#[tokio::test]
+async fn a_job_that_could_cost_too_much_on_one_worker_runs_on_another() {
+    let scenes = [
+        (vec![(Manner::Answer(2), 131_072), (Manner::Answer(2), 4_096)], [0, 1].as_slice()),
+        (vec![(Manner::DieAfter(0), 4_096), (Manner::Answer(2), 131_072), (Manner::Answer(2), 4_096)], &[1, 0, 1]),
+    ];
+    for (workers, seen) in scenes {
+        let stand = limited(daily(20_000)).await;
+        let workers = in_order(&stand, workers).await;
+        let job = long(&stand, 60_000);
+        stand.answer(&job).await.expect("answered by the last");
+        assert_eq!(workers.iter().map(Worker::jobs_seen).collect::<Vec<_>>(), seen);
+        let last = stand.explain(&job).await.attempts.pop().expect("an attempt");
+        assert!(last.refused.iter().any(|refused| refused.reason == "over_quota"), "{:?}", last.refused);
+        let after = state(&stand, QuotaRule::TokensPerDay).await;
+        assert_eq!((after.spent, after.reserved), (5, 0));
+    }
 }
 
 #[tokio::test]
