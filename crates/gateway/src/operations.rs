@@ -10,9 +10,10 @@ use observability::TraceContext;
 use protocol::control::{ByOperator, NodeRole};
 use protocol::infer::{InferChunk, InferRequest};
 use protocol::jobs::{
-    DEAD_LETTER_LIST, DEAD_LETTER_PURGE, DEAD_LETTER_RELEASE, DEAD_LETTER_SHOW, DeadLetter, DeadLetterList,
-    DeadLetterPage, DeadLetterPurge, DeadLetterQuery, DeadLetterRef, DeadLetterReplayed, DeadLettersPurged, JOB_CANCEL,
-    JOB_LIST, JOB_SHOW, JobInfo, JobList, JobPage, JobQuery, JobRef, JobStatus, JobsCancelled, PAGE_MAX,
+    CancelledJobs, DEAD_LETTER_LIST, DEAD_LETTER_PURGE, DEAD_LETTER_RELEASE, DEAD_LETTER_SHOW, DeadLetter,
+    DeadLetterList, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, DeadLetterRef, DeadLetterReplayed,
+    DeadLettersPurged, JOB_CANCEL, JOB_LIST, JOB_SHOW, JobInfo, JobList, JobPage, JobQuery, JobRef, JobStatus,
+    JobsCancelled, PAGE_MAX,
 };
 use protocol::queue::{QUEUE_LIST, QueuePage, QueueQuery, WaitingJob, WaitingJobs};
 use protocol::quota::{OrchestratorQuotas, QUOTA_LIST, QuotaList, QuotaPage, QuotaQuery};
@@ -163,11 +164,12 @@ impl Gateway {
         Ok(QuotaList { orchestrators: asked.replies.into_iter().map(counted).collect(), silent: asked.silent })
     }
 
-    pub(crate) async fn cancel_jobs(&self, token: String, id: CorrelationId) -> Result<JobList, WireError> {
+    pub(crate) async fn cancel_jobs(&self, token: String, id: CorrelationId) -> Result<CancelledJobs, WireError> {
         let request = ByOperator { token, request: JobRef { correlation_id: id } };
         let asked = self.ask_all::<_, JobsCancelled>(JOB_CANCEL, |_| Some(request.clone())).await?;
+        let waiting = asked.replies.iter().map(|(_, cancelled)| cancelled.waiting).sum();
         let jobs = asked.replies.into_iter().flat_map(|(_, cancelled)| cancelled.jobs).collect();
-        Ok(JobList { jobs, next: None, silent: asked.silent })
+        Ok(CancelledJobs { jobs, waiting, silent: asked.silent })
     }
 
     pub(crate) async fn list_dead_letters(

@@ -24,6 +24,7 @@ pub(crate) type AliasEntry = Published<model::AliasEntry>;
 pub(crate) type AliasList = Published<control::AliasList>;
 pub(crate) type AliasRemoved = Published<control::AliasRemoved>;
 pub(crate) type AliasSet = Published<control::AliasSet>;
+pub(crate) type CancelledJobs = Published<jobs::CancelledJobs>;
 pub(crate) type DeadLetter = Published<jobs::DeadLetter>;
 pub(crate) type DeadLetterList = Published<jobs::DeadLetterList>;
 pub(crate) type DeadLetterReplayed = Published<jobs::DeadLetterReplayed>;

@@ -84,8 +84,6 @@ pub(crate) enum Shed {
     OverShare {
         retry_after: Duration,
     },
-    /// An operator cancelled it.
-    Cancelled,
     Stopped,
 }
 
@@ -252,20 +250,6 @@ impl JobGate {
         }
     }
 
-    /// Ends the wait of the jobs of a request. Returns how many waited.
-    pub(crate) fn cancel(self: &Arc<Self>, id: CorrelationId) -> usize {
-        let mut state = self.state.lock();
-        let of_request = state.waiters.iter().filter(|(_, waiter)| waiter.label.correlation_id == id);
-        let tickets: Vec<Ticket> = of_request.map(|(ticket, _)| *ticket).collect();
-        let cancelled: Vec<Waiter> = tickets.into_iter().filter_map(|ticket| self.remove(&mut state, ticket)).collect();
-        drop(state);
-        let count = cancelled.len();
-        for waiter in cancelled {
-            let _ = waiter.sender.send(Err(Shed::Cancelled));
-        }
-        count
-    }
-
     /// Lists the waiting jobs, the next ones of each group first.
     pub(crate) fn list(&self, limit: usize) -> QueuePage {
         let state = self.state.lock();
@@ -336,12 +320,12 @@ impl JobGate {
         turns
     }
 
-    fn remove(&self, state: &mut State, ticket: Ticket) -> Option<Waiter> {
+    fn remove(&self, state: &mut State, ticket: Ticket) {
         state.queue.leave(ticket);
-        let waiter = state.waiters.remove(&ticket)?;
-        self.count(&waiter.label, -1);
-        self.publish(state);
-        Some(waiter)
+        if let Some(waiter) = state.waiters.remove(&ticket) {
+            self.count(&waiter.label, -1);
+            self.publish(state);
+        }
     }
 
     fn publish(&self, state: &State) {

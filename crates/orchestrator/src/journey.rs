@@ -26,6 +26,7 @@ use crate::journal::Journal;
 use crate::quotas::JobPermit;
 use crate::reservation_manager::Reservation;
 use crate::retry_manager::Part;
+use crate::running_jobs::RunningJob;
 use crate::scheduler::{Placement, Tried};
 
 /// The most attempts that are kept with a job; the oldest are dropped. Many workers may continue a long answer.
@@ -66,6 +67,8 @@ pub struct Journey {
     pub fingerprint: [u8; 32],
     /// The rules of its tenant.
     pub policy: Arc<TenantPolicy>,
+    /// Lets an operator cancel it.
+    pub(crate) running: RunningJob,
     /// Counts it among the jobs of its tenant.
     pub permit: Option<JobPermit>,
     /// The most tokens of each answer, if the request sets none and the tenant's tokens are limited.
@@ -156,7 +159,12 @@ pub struct Journey {
 }
 
 impl Journey {
-    pub fn new(mut request: InferRequest, fingerprint: [u8; 32], deadline: Instant) -> Self {
+    pub(crate) fn new(
+        mut request: InferRequest,
+        fingerprint: [u8; 32],
+        deadline: Instant,
+        running: RunningJob,
+    ) -> Self {
         // The orchestrator needs progress itself, to tell a busy worker from a silent one.
         let wants_progress = std::mem::replace(&mut request.progress, true);
         // Workers need neither the fingerprint nor acknowledgements, and only this orchestrator knows what was
@@ -178,6 +186,7 @@ impl Journey {
             build: 0,
             fingerprint,
             policy: Arc::default(),
+            running,
             permit: None,
             answer_tokens: None,
             request_bytes: None,

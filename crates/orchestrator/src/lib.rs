@@ -35,6 +35,7 @@ pub mod registry_policies;
 pub mod reservation_manager;
 pub mod retry_budget;
 pub mod retry_manager;
+mod running_jobs;
 pub mod scheduler;
 mod sealing;
 mod usual_wait;

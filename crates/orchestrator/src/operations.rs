@@ -74,23 +74,19 @@ impl Orchestrator {
     ) -> Result<JobsCancelled, WireError> {
         self.operators.check(&operation.token).await?;
         let id = operation.request.correlation_id;
-        let waited = self.gate.cancel(id);
-        if waited > 0 {
-            info!(correlation_id = %id, jobs = waited, "an operator cancels waiting jobs");
-        }
-        let cancelled = self.reservations.cancel(id);
+        let cancelled = self.running.cancel(id);
         if cancelled.is_empty() {
             return Ok(JobsCancelled::default());
         }
         info!(correlation_id = %id, jobs = cancelled.len(), "an operator cancels jobs");
-        let settled = join_all(cancelled.iter().map(|(_, ended)| ended.cancelled()));
-        let _ = time::timeout(CANCEL_WITHIN, settled).await;
+        let _ = time::timeout(CANCEL_WITHIN, join_all(cancelled.iter().map(|job| job.ended()))).await;
+        let (ran, waited): (Vec<_>, Vec<_>) = cancelled.into_iter().partition(|job| job.has_worker());
         let mut jobs = vec![];
-        for (key, _) in &cancelled {
-            let job = self.store.job(key).await.map_err(|error| unreadable(&error))?;
+        for job in ran {
+            let job = self.store.job(&job.key).await.map_err(|error| unreadable(&error))?;
             jobs.extend(job.map(info_of));
         }
-        Ok(JobsCancelled { jobs })
+        Ok(JobsCancelled { jobs, waiting: waited.len() as u64 })
     }
 
     pub(crate) async fn list_dead_letters(

@@ -64,9 +64,10 @@ use crate::policy_engine::PolicyEngine;
 use crate::quotas::Quotas;
 use crate::refusals;
 use crate::registry_policies::RegistryPolicies;
-use crate::reservation_manager::{Ending, Reservation, ReservationManager};
+use crate::reservation_manager::{Ending, ReservationManager, key_of};
 use crate::retry_budget::RetryBudgets;
 use crate::retry_manager::{self, Failure, Part, Plan};
+use crate::running_jobs::RunningJobs;
 use crate::scheduler::{self, Candidate, Placement, Refusal};
 use crate::sealing::SealingKey;
 use crate::worker_record::WorkerRecords;
@@ -111,6 +112,7 @@ pub struct Orchestrator {
     pub(crate) gate: Arc<JobGate>,
     pub(crate) store: Arc<dyn JobStore>,
     pub(crate) reservations: Arc<ReservationManager>,
+    pub(crate) running: Arc<RunningJobs>,
     pub(crate) decisions: DecisionLog,
     retry_budgets: Mutex<RetryBudgets>,
     crashes: Mutex<CrashRecord>,
@@ -187,6 +189,7 @@ impl Orchestrator {
                 () = time::sleep(WORKERS_LOOK_EVERY) => {}
                 // The caller's end is noticed once more where it is handled.
                 () = delivery.gone() => return chosen,
+                () = journey.running.cancelled().cancelled() => return Err(refusals::cancelled()),
             }
         }
     }
@@ -295,11 +298,13 @@ impl Orchestrator {
             if let Some(turn) = journey.turn.take() {
                 journey.share = turn.taken();
             }
+            let cancelled = journey.running.cancelled().clone();
             let reserved = self
                 .reservations
-                .reserve(&journey.request, journey.fingerprint, counted, worker.capacity, claim)
+                .reserve(&journey.request, journey.fingerprint, counted, worker.capacity, claim, cancelled)
                 .await?;
             journey.reservation = Some(reserved);
+            journey.running.reserved();
             self.tell_quota(journey, delivery).await;
         }
         journey.step(JobEvent::Reserve);
@@ -416,7 +421,7 @@ impl Orchestrator {
                         let usage = delivery.read_of(journey.delivered_usage());
                         ControlFlow::Break(AttemptEnd::CallerGone { usage })
                     }
-                    () = cancelled(journey) => {
+                    () = journey.running.cancelled().cancelled() => {
                         let usage = delivery.read_of(journey.delivered_usage());
                         ControlFlow::Break(AttemptEnd::CallerGone { usage })
                     }
@@ -476,7 +481,7 @@ impl Orchestrator {
                 (Ending::completed(*finish_reason, usage), JobEvent::Complete)
             }
             AttemptEnd::CallerGone { .. } => {
-                let is_by_operator = journey.reservation.as_ref().is_some_and(Reservation::is_cancelled);
+                let is_by_operator = journey.running.cancelled().is_cancelled();
                 let error = is_by_operator.then(refusals::cancelled);
                 (Ending { error, ..Ending::cancelled(usage) }, JobEvent::Cancel)
             }
@@ -707,7 +712,8 @@ impl Orchestrator {
         let prompt_tokens = waiting::prompt_tokens(call.body.len());
         let mut delivery = Delivery::new(call, stall, request.acknowledges);
         let repeatable = Repeatable::of(&request);
-        let mut journey = Journey::new(request, fingerprint, deadline);
+        let running = self.running.enter(key_of(&request));
+        let mut journey = Journey::new(request, fingerprint, deadline, running);
         journey.prompt_tokens = prompt_tokens;
         if let Some(repeatable) = repeatable {
             return Box::pin(self.take_repeatable(repeatable, journey, delivery)).await;
@@ -791,6 +797,7 @@ impl Orchestrator {
             first_tokens: Mutex::default(),
             crashes: Mutex::new(CrashRecord::new(Duration::from_secs(config.crashes_kept_secs))),
             reservations: Arc::new(reservations),
+            running: Arc::default(),
             breakers: Mutex::default(),
             gate,
             region: region.clone(),
@@ -939,14 +946,6 @@ impl Orchestrator {
 
     async fn move_for_gateway(self: Arc<Self>, _: Caller, request: ModelMove) -> Result<ModelResidency, WireError> {
         Ok(self.move_model(request).await)
-    }
-}
-
-/// Waits until an operator cancels the job. Cancel safe.
-async fn cancelled(journey: &Journey) {
-    match &journey.reservation {
-        Some(reservation) => reservation.stop.cancelled.cancelled().await,
-        None => std::future::pending().await,
     }
 }
 

@@ -13,7 +13,7 @@ use protocol::infer::{FinishReason, InferRequest};
 use protocol::jobs::AttemptRecord;
 use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
-use protocol::{Clock, CorrelationId, Digest, ErrorCode, Region, UnixMillis, WireError, WorkerId};
+use protocol::{Clock, Digest, ErrorCode, Region, UnixMillis, WireError, WorkerId};
 use rpc::backoff::Backoff;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
@@ -55,15 +55,13 @@ struct Held {
     stop: Stop,
 }
 
-/// What ends a running job from outside, and its end.
+/// What ends a running job from outside.
 #[derive(Clone, Default)]
 pub struct Stop {
     /// Cancelled when the lease is lost: the attempt is void and must end.
     pub void: CancellationToken,
     /// Cancelled when an operator cancels the job.
     pub cancelled: CancellationToken,
-    /// Cancelled when the reservation has ended.
-    ended: CancellationToken,
     /// Whether it is the reservation of a second worker.
     is_hedge: bool,
 }
@@ -211,7 +209,7 @@ impl ReservationManager {
     }
 
     /// Writes a job and its reservation on the worker where it is counted. A job that is known is refused, because it
-    /// must not run again.
+    /// must not run again. `cancelled` is cancelled when an operator cancels the job.
     pub async fn reserve(
         self: &Arc<Self>,
         request: &InferRequest,
@@ -219,8 +217,10 @@ impl ReservationManager {
         counted: Counted,
         worker_capacity: u32,
         claim: Claim,
+        cancelled: CancellationToken,
     ) -> Result<Reservation, WireError> {
-        self.write(request, fingerprint, counted, worker_capacity, (1, Stop::default(), claim)).await
+        let stop = Stop { cancelled, ..Stop::default() };
+        self.write(request, fingerprint, counted, worker_capacity, (1, stop, claim)).await
     }
 
     /// Writes a reservation of a second worker for a job that has one. `request` names a job of its own, which is
@@ -299,18 +299,6 @@ impl ReservationManager {
         self.clock.now()
     }
 
-    /// Cancels the running jobs of a request. Returns each with a token that is cancelled once it has ended.
-    pub fn cancel(&self, id: CorrelationId) -> Vec<(JobKey, CancellationToken)> {
-        let held = self.lock();
-        // A job's end ends its second worker.
-        let of_request = held.iter().filter(|(key, held)| key.correlation_id == id && !held.stop.is_hedge);
-        let cancel = |(key, Held { stop, .. }): (&JobKey, &Held)| {
-            stop.cancelled.cancel();
-            (key.clone(), stop.ended.clone())
-        };
-        of_request.map(cancel).collect()
-    }
-
     /// Renews the leases of running jobs and releases expired ones until `stop` is cancelled.
     pub async fn run(&self, stop: CancellationToken) {
         let mut ticks = time::interval(self.lease / 3);
@@ -383,11 +371,6 @@ impl ReservationManager {
 }
 
 impl Reservation {
-    /// Returns whether an operator cancelled the job.
-    pub fn is_cancelled(&self) -> bool {
-        self.stop.cancelled.is_cancelled()
-    }
-
     /// Returns the time of day.
     pub fn now(&self) -> UnixMillis {
         self.manager.now()
@@ -480,7 +463,6 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.manager.lock().remove(&self.key);
-        self.stop.ended.cancel();
         self.manager.metrics.reservations_active.dec();
     }
 }

@@ -205,6 +205,23 @@ pub struct JobRef {
 pub struct JobsCancelled {
     /// Jobs of the request that were running.
     pub jobs: Vec<JobInfo>,
+    /// Number of its jobs that waited for a worker. Nothing is kept of them.
+    #[serde(default)]
+    pub waiting: u64,
+}
+
+/// Jobs of a request that were cancelled, at all orchestrators of a region.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CancelledJobs {
+    /// Those that were running, as they are now.
+    pub jobs: Vec<JobInfo>,
+    /// Number of those that waited for a worker. Nothing is kept of them.
+    #[serde(default)]
+    pub waiting: u64,
+    /// Orchestrators that did not answer; their jobs go on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub silent: Vec<PublicKey>,
 }
 
 /// Why a job has a dead letter.

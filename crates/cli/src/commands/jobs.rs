@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use protocol::control::{AttemptDecision, CandidateScore, Decision, QueueWait};
-use protocol::jobs::{AttemptRecord, JobInfo, JobList, JobStatus};
+use protocol::jobs::{AttemptRecord, CancelledJobs, JobInfo, JobList, JobStatus};
 use protocol::{CorrelationId, PublicKey, WorkerId};
 
 use super::token::date;
@@ -49,28 +49,44 @@ pub(super) async fn list(context: Context, args: &JobsListArgs) -> anyhow::Resul
 pub(super) async fn show(context: Context, args: &RequestArgs) -> anyhow::Result<Outcome> {
     let id = request_id(&args.request)?;
     let found: JobList = client(&context, &args.server)?.get(&format!("/admin/v1/jobs/{id}")).await?;
-    print(&context, &found, id, "no orchestrator knows a job of this request; settled jobs are kept for a limited time")
+    let is_none = found.jobs.is_empty();
+    if context.json {
+        output::json(&found)?;
+    } else if is_none {
+        let none = "no orchestrator knows a job of this request; settled jobs are kept for a limited time";
+        output::line(format!("{id}: {none}"));
+    } else {
+        print_jobs(&found.jobs);
+    }
+    note_silent(&found.silent);
+    Ok(if is_none { Outcome::Finding } else { Outcome::Well })
 }
 
 pub(super) async fn cancel(context: Context, args: &RequestArgs) -> anyhow::Result<Outcome> {
     let id = request_id(&args.request)?;
     let client = client(&context, &args.server)?;
-    let cancelled: JobList = client.post(&format!("/admin/v1/jobs/{id}/cancel"), &()).await?;
-    print(&context, &cancelled, id, "no job of this request is running; `tether jobs show` shows how it ended")
+    let cancelled: CancelledJobs = client.post(&format!("/admin/v1/jobs/{id}/cancel"), &()).await?;
+    let CancelledJobs { jobs, waiting, silent } = &cancelled;
+    let is_none = jobs.is_empty() && *waiting == 0;
+    if context.json {
+        output::json(&cancelled)?;
+    } else if is_none {
+        output::line(format!("{id}: no job of this request runs or waits; `tether jobs show` shows how it ended"));
+    } else {
+        print_jobs(jobs);
+        if *waiting > 0 {
+            output::line(format!("{id}: cancelled before it reached a worker"));
+        }
+    }
+    note_silent(silent);
+    Ok(if is_none { Outcome::Finding } else { Outcome::Well })
 }
 
-/// Prints the jobs of a request. `none` is printed if there is no job.
-fn print(context: &Context, found: &JobList, id: CorrelationId, none: &str) -> anyhow::Result<Outcome> {
-    if context.json {
-        output::json(found)?;
-    } else if found.jobs.is_empty() {
-        output::line(format!("{id}: {none}"));
-    } else {
-        let jobs: Vec<String> = found.jobs.iter().map(described).collect();
+fn print_jobs(jobs: &[JobInfo]) {
+    let jobs: Vec<String> = jobs.iter().map(described).collect();
+    if !jobs.is_empty() {
         output::shown(jobs.join("\n\n"));
     }
-    note_silent(&found.silent);
-    Ok(if found.jobs.is_empty() { Outcome::Finding } else { Outcome::Well })
 }
 
 pub(super) async fn explain(context: Context, args: &RequestArgs) -> anyhow::Result<Outcome> {

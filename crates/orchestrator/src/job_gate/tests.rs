@@ -2,6 +2,7 @@
 
 use std::thread;
 
+use futures_util::FutureExt as _;
 use prometheus_client::registry::Registry;
 use protocol::health::{Capacity, HealthReport};
 use protocol::{PublicKey, UnixMillis};
@@ -108,14 +109,16 @@ fn a_job_is_known_to_wait_before_it_looks_for_a_free_slot() {
     });
 }
 
-#[tokio::test]
-async fn a_job_that_an_operator_cancels_waits_no_longer() {
-    let (_fleet, gate) = gate(MANY);
+#[tokio::test(start_paused = true)]
+async fn a_job_starts_at_once_on_a_worker_that_is_taken_back() {
+    let (fleet, gate) = gate(MANY);
+    let (other, until) = (PublicKey([2; 32]), Instant::now() + Duration::from_secs(60));
+    fleet.update(HealthReport { worker_id: other, pub_key: other, ..report() }, Instant::now());
+    fleet.set_aside(other, until);
     let mut position = enter(&gate, job("acme", ServiceClass::Standard, 10));
-    assert_eq!(gate.cancel(CorrelationId(uuid::Uuid::from_u128(2))), 0);
-    assert_eq!(gate.cancel(CorrelationId(uuid::Uuid::from_u128(1))), 1);
-    assert_eq!(position.turn().await.err(), Some(Shed::Cancelled));
-    assert!(gate.is_quiet() && gate.state.lock().queue.is_clean());
+    assert!(position.turn().now_or_never().is_none(), "a busy worker is better than one that is set aside");
+    fleet.take_back(other, until);
+    assert!(position.turn().now_or_never().is_some(), "no later look is needed");
 }
 
 #[tokio::test(start_paused = true)]

@@ -79,6 +79,7 @@ impl Orchestrator {
             tokio::select! {
                 () = time::sleep(LOOK_AGAIN) => {}
                 () = delivery.gone() => return Err(gone()),
+                () = journey.running.cancelled().cancelled() => return Err(refusals::cancelled()),
             }
             let Some(again) = turn.give_back() else { return chosen };
             position = again;
@@ -193,6 +194,7 @@ impl Orchestrator {
                 biased;
                 turn = position.turn() => return turn.map_err(|why| left(journey, why)),
                 () = delivery.gone() => return Err(gone()),
+                () = journey.running.cancelled().cancelled() => return Err(refusals::cancelled()),
                 () = time::sleep_until(journey.deadline) => {
                     let message = "the deadline passed while the request waited for a worker";
                     return Err(WireError::new(ErrorCode::DeadlineExceeded, message));
@@ -245,7 +247,6 @@ fn is_bound_to_model(input: &Input) -> bool {
 /// Returns the error of a job that had to leave the queue.
 fn left(journey: &mut Journey, why: Shed) -> WireError {
     match why {
-        Shed::Cancelled => refusals::cancelled(),
         Shed::Stopped => WireError::new(ErrorCode::Unavailable, "the orchestrator is stopping, try again"),
         Shed::OverShare { retry_after } => {
             let message = "too many jobs wait, and this tenant has more of them than its share, try again later";

@@ -374,8 +374,10 @@ async fn an_operator_cancels_a_job_that_waits() {
     let cancelled: JobsCancelled = stand.operate(JOB_CANCEL, &request).await.expect("allowed");
     let error = waits.await.expect("no panic").expect_err("cancelled");
     assert_eq!((error.code, error.should_retry()), (ErrorCode::CancelledByOperator, false));
-    assert_eq!((cancelled.jobs.len(), worker.jobs_seen()), (0, 4));
+    assert_eq!((cancelled.jobs.len(), cancelled.waiting, worker.jobs_seen()), (0, 1, 4));
     waiting(&stand, 0).await;
+    let again: JobsCancelled = stand.operate(JOB_CANCEL, &request).await.expect("allowed");
+    assert_eq!(again, JobsCancelled::default());
 }
 
 #[tokio::test(start_paused = true)]

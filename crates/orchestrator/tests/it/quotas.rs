@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use protocol::health::HealthReport;
 use protocol::infer::{InferChunk, InferRequest};
+use protocol::jobs::{JOB_CANCEL, JobRef, JobsCancelled};
 use protocol::policy::TenantPolicy;
 use protocol::quota::{QUOTA_LIST, QuotaPage, QuotaQuery, QuotaRule, QuotaState};
 use protocol::{ErrorCode, codec};
@@ -162,6 +163,34 @@ async fn a_job_that_could_cost_too_much_on_one_worker_runs_on_another() {
         let after = state(&stand, QuotaRule::TokensPerDay).await;
         assert_eq!((after.spent, after.reserved), (5, 0));
     }
+}
+
+#[tokio::test]
+async fn an_operator_cancels_a_job_that_waits_although_a_worker_is_free() {
+    let stand = limited(TenantPolicy::default()).await;
+    let contexts = [(Manner::Hang, 4_096), (Manner::Answer(2), 131_072)];
+    let mut held = vec![];
+    for (number, (manner, context_length)) in (1..).zip(contexts) {
+        let worker = stand.worker(number, manner).await;
+        let change = |report: &mut HealthReport| report.model_cache[0].context_length = context_length;
+        worker.report(&stand, change).await.expect("believed");
+        while held.len() < 4 {
+            held.push(stand.submit(&stand.job()).await.expect("accepted"));
+        }
+    }
+    *stand.policy.lock() = daily(20_000);
+    let job = long(&stand, 60_000);
+    let cancelling = async {
+        // The free worker has been ruled out, so the job waits for one of the others and looks again and again.
+        while !stand.metrics.encode().contains("insufficient_quota") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let request = JobRef { correlation_id: job.correlation_id };
+        stand.operate::<JobsCancelled>(JOB_CANCEL, request).await.expect("allowed")
+    };
+    let (answer, cancelled) = tokio::join!(stand.answer(&job), cancelling);
+    assert_eq!(answer.expect_err("cancelled").code, ErrorCode::CancelledByOperator);
+    assert_eq!((cancelled.jobs.len(), cancelled.waiting), (0, 1));
 }
 
 #[tokio::test]

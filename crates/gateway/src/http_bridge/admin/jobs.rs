@@ -2,7 +2,7 @@
 
 use axum::Json;
 use protocol::WireError;
-use protocol::jobs::{JobList, JobQuery, JobStatus, PAGE_MAX};
+use protocol::jobs::{CancelledJobs, JobList, JobQuery, JobStatus, PAGE_MAX};
 use tracing::info;
 
 use super::{AdminQuery, Operator, request_id};
@@ -57,19 +57,23 @@ pub(crate) async fn show(Segment(correlation_id): Segment, operator: Operator) -
     Ok(Json(operator.gateway.show_jobs(request_id(&correlation_id)?).await?))
 }
 
-/// Cancels the running jobs of a request. Its client gets the error `cancelled_by_operator`, and what it has read is
+/// Cancels the jobs of a request that run or wait. Its client gets the error `cancelled_by_operator`, and what it has read is
 /// billed.
 #[utoipa::path(
     post, path = "/admin/v1/jobs/{correlationId}/cancel", tag = "admin", operation_id = "cancelJobs", security(("bearer" = [])),
     params(("correlationId" = String, Path, description = "Id of the request, as in the header `x-request-id`")),
     responses(
-        (status = 200, description = "The jobs that were running, as they are now", body = published::JobList),
+        (status = 200, description = "The jobs that were running, as they are now, and how many waited",
+            body = published::CancelledJobs),
         ApiError,
     ),
 )]
-pub(crate) async fn cancel(Segment(correlation_id): Segment, operator: Operator) -> Result<Json<JobList>, ApiError> {
+pub(crate) async fn cancel(
+    Segment(correlation_id): Segment,
+    operator: Operator,
+) -> Result<Json<CancelledJobs>, ApiError> {
     let id = request_id(&correlation_id)?;
     let cancelled = operator.gateway.cancel_jobs(operator.token, id).await?;
-    info!(correlation_id = %id, jobs = cancelled.jobs.len(), "an operator cancelled jobs");
+    info!(correlation_id = %id, jobs = cancelled.jobs.len(), waiting = cancelled.waiting, "an operator cancelled jobs");
     Ok(Json(cancelled))
 }
