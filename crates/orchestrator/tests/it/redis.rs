@@ -69,6 +69,13 @@ impl Redis {
         command.query(&mut self.connect().expect("it runs")).expect("a command")
     }
 
+    /// The number of clients whose latest command is this one.
+    pub(crate) fn clients_at(&self, command: &str) -> usize {
+        let list: String =
+            ::redis::cmd("CLIENT").arg("LIST").query(&mut self.connect().expect("it runs")).expect("a list");
+        list.lines().filter(|client| client.contains(&format!(" cmd={command} "))).count()
+    }
+
     /// The correlation ids of the stream, in order.
     pub(crate) fn letters(&self) -> Vec<String> {
         let mut connection = self.connect().expect("it runs");

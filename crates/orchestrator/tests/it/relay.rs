@@ -120,6 +120,28 @@ async fn each_dead_letter_reaches_the_stream_once_and_a_wiped_redis_is_filled_ag
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_letter_that_two_relays_miss_at_the_same_time_is_sent_once() {
+    let redis = Redis::start();
+    let store = Arc::new(SqliteStore::in_memory().expect("a store"));
+    die(&*store, 1).await;
+    // Both find that the letter is missing before either can append it, as a relay does that still runs beside the next
+    // one of its orchestrator.
+    redis.run(&["CLIENT", "PAUSE", "600000", "WRITE"]);
+    let config = Config { redis: redis.config(), ..Config::default() };
+    let relays = [stand_on(store.clone(), config.clone()).await, stand_on(store.clone(), config).await];
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while redis.clients_at("evalsha") < relays.len() {
+        assert!(Instant::now() < deadline, "a relay does not come to the letter");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    redis.run(&["CLIENT", "UNPAUSE"]);
+    for relay in &relays {
+        until_metric(relay, "tether_dlq_unsent 0").await;
+    }
+    assert_eq!(redis.letters(), [id(1).to_string()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_dies_while_redis_is_away_or_full_is_sent_later() {
     let mut redis = Redis::start();
     let store = Arc::new(SqliteStore::in_memory().expect("a store"));
