@@ -251,7 +251,7 @@ async fn the_text_of_a_server_goes_to_no_engine_and_to_no_other_software() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_constrained_answer_of_a_server_ends_with_an_error_at_once() {
     let stand = stand(Config::default()).await;
     let (dying, healthy) = stand.pair(Manner::DieUntold(3), Manner::Answer(8)).await;

@@ -1,8 +1,9 @@
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use metadata_store::{DurableState, TerminalState};
 use protocol::ErrorCode;
 use tether_orchestrator::Config;
+use tokio::time::Instant;
 
 use crate::stand::{Manner, Worker, stand};
 
@@ -78,7 +79,7 @@ async fn an_answer_that_broke_off_and_cannot_continue_is_an_error_and_is_not_bil
     assert!(healthy.jobs_seen() <= 1);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_worker_that_does_not_acknowledge_is_set_aside() {
     let stand = stand(Config::default()).await;
     let mute = stand.worker(1, Manner::Mute).await;

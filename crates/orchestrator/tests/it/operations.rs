@@ -102,7 +102,7 @@ async fn a_job_that_an_operator_cancels_ends_with_an_honest_error_and_is_billed_
     assert_eq!(cancelled.jobs.iter().map(|job| job.status).collect::<Vec<_>>(), [JobStatus::Cancelled]);
     let Some(Err(CallError::Remote(error))) = stream.next().await else { panic!("the answer ends with an error") };
     assert_eq!((error.code, error.should_retry()), (ErrorCode::CancelledByOperator, false));
-    time::timeout(SECOND, worker.cancelled.notified()).await.expect("the worker was told to stop");
+    time::timeout(SECOND * 60, worker.cancelled.notified()).await.expect("the worker was told to stop");
     let record = stand.record(&job).await.expect("kept");
     assert_eq!(record.state, DurableState::Settled(TerminalState::Cancelled));
     assert_eq!(record.error.map(|error| error.code), Some(ErrorCode::CancelledByOperator));
