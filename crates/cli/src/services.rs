@@ -17,7 +17,7 @@ use registry::{CertificateAuthority, Registry, RegistryParts, TokenIssuer};
 use rpc::{Membership, Transport};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
-use worker::{Adoption, BaseWorker, WorkerParts};
+use worker::{Adoption, BaseWorker, DiskCalls, WorkerParts};
 
 use crate::data_folder::DataFolder;
 use crate::metrics::Metrics;
@@ -97,6 +97,7 @@ impl Services {
             clock: self.clock.clone(),
             runtime,
             artifacts: tiny_model::embedded_in(artifacts),
+            disk: DiskCalls::on_threads(),
             metrics: self.metrics.worker.clone(),
             membership,
             adoption: self.settings.adopt.as_deref().map(Adoption::new).transpose()?,

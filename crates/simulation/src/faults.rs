@@ -17,6 +17,8 @@ pub enum Fault {
     Cut(Node, Node),
     /// Messages between two nodes wait.
     Hold(Node, Node),
+    /// Messages between two nodes are lost, and in the end their connections break.
+    Lose(Node, Node),
     /// A node stands still, as far as others can tell.
     Freeze(Node),
     /// Messages to and from a node take long.
@@ -38,12 +40,13 @@ impl fmt::Display for Fault {
 }
 
 impl Fault {
+    /// Draws a fault of a network of these nodes, some of which are clients.
     pub fn random(nodes: &[Node], random: &mut Rng) -> Self {
         let of = |wanted: fn(&Node) -> bool, random: &mut Rng| {
             let some: Vec<Node> = nodes.iter().copied().filter(wanted).collect();
             some[random.usize(..some.len())]
         };
-        let any = |random: &mut Rng| nodes[random.usize(..nodes.len())];
+        let any = |random: &mut Rng| of(|node| !matches!(node, Node::Client(_)), random);
         let worker = |random: &mut Rng| match of(|node| matches!(node, Node::Worker(_)), random) {
             Node::Worker(number) => number,
             _ => 0,
@@ -52,9 +55,9 @@ impl Fault {
             Node::Orchestrator(number) => number,
             _ => 0,
         };
-        match random.u8(..12) {
+        match random.u8(..14) {
             0..=2 => Self::Crash(Node::Worker(worker(random))),
-            3 => Self::Crash(of(|node| matches!(node, Node::Orchestrator(_) | Node::Registry), random)),
+            3 => Self::Crash(of(|node| !matches!(node, Node::Client(_) | Node::Worker(_)), random)),
             4 => Self::Cut(any(random), any(random)),
             5 => Self::Hold(any(random), any(random)),
             6 => Self::Freeze(any(random)),
@@ -62,6 +65,12 @@ impl Fault {
             8 => Self::Hang(worker(random)),
             9 => Self::Break(worker(random), random.u32(1..4), random.u32(0..20)),
             10 => Self::Skew(worker(random), random.i64(-120_000..120_000)),
+            11 => Self::Lose(any(random), any(random)),
+            12 => {
+                let client = of(|node| matches!(node, Node::Client(_)), random);
+                let gateway = of(|node| matches!(node, Node::Gateway(_)), random);
+                [Self::Cut, Self::Hold, Self::Lose][random.usize(..3)](gateway, client)
+            }
             _ => {
                 let troubles =
                     [faulty_store::Trouble::Overloaded, faulty_store::Trouble::Full, faulty_store::Trouble::Lying];
@@ -75,6 +84,7 @@ impl Fault {
             Self::Crash(node) => network.crash(node),
             Self::Cut(one, other) => network.links.cut(one.public_key(), other.public_key()),
             Self::Hold(one, other) => network.links.hold(one.public_key(), other.public_key()),
+            Self::Lose(one, other) => network.links.lose(one.public_key(), other.public_key()),
             Self::Freeze(node) => {
                 for other in network.nodes() {
                     network.links.hold(node.public_key(), other.public_key());
@@ -99,6 +109,7 @@ impl Fault {
             Self::Cut(one, other) | Self::Hold(one, other) => {
                 network.links.heal(one.public_key(), other.public_key());
             }
+            Self::Lose(one, other) => network.links.give_up(one.public_key(), other.public_key()),
             Self::Freeze(node) => {
                 for other in network.nodes() {
                     network.links.heal(node.public_key(), other.public_key());

@@ -28,6 +28,8 @@ struct State {
     cut: BTreeSet<Pair>,
     /// Pairs whose messages wait. Neither end can tell that from silence.
     held: BTreeSet<Pair>,
+    /// How often each pair has lost what was under way between them.
+    losses: BTreeMap<Pair, u64>,
     /// How long a message to or from a node takes.
     delays: BTreeMap<PublicKey, Duration>,
     open: Vec<(Pair, Weak<dyn Connection>)>,
@@ -71,13 +73,22 @@ impl Links {
         let pair = Pair::of(one, other);
         let mut state = self.state.lock();
         state.cut.insert(pair);
-        state.open.retain(|(of, connection)| {
-            let Some(connection) = connection.upgrade() else { return false };
-            if *of == pair {
-                connection.close();
-            }
-            *of != pair
-        });
+        state.close(pair);
+    }
+
+    /// Loses all messages between two nodes that have not arrived, and those that follow. Neither end can tell that
+    /// from silence.
+    pub fn lose(&self, one: PublicKey, other: PublicKey) {
+        let pair = Pair::of(one, other);
+        let mut state = self.state.lock();
+        state.held.insert(pair);
+        *state.losses.entry(pair).or_default() += 1;
+    }
+
+    /// Ends a loss: the connections of the two nodes break, as both have waited too long, and new ones are possible.
+    pub fn give_up(&self, one: PublicKey, other: PublicKey) {
+        self.state.lock().close(Pair::of(one, other));
+        self.heal(one, other);
     }
 
     /// Holds back all messages between two nodes.
@@ -116,6 +127,10 @@ impl Links {
         self.state.lock().cut.contains(&pair)
     }
 
+    fn losses(&self, pair: Pair) -> u64 {
+        self.state.lock().losses.get(&pair).copied().unwrap_or_default()
+    }
+
     fn is_held(&self, pair: Pair) -> bool {
         self.state.lock().held.contains(&pair)
     }
@@ -138,8 +153,21 @@ impl Links {
     fn wrap(&self, own: PublicKey, run: &CancellationToken, inner: Arc<dyn Connection>) -> Arc<dyn Connection> {
         let pair = Pair::of(own, inner.remote_key());
         self.state.lock().open.push((pair, Arc::downgrade(&inner)));
-        let link = Link { links: self.clone(), pair, run: run.clone() };
+        let link = Link { links: self.clone(), pair, losses: self.losses(pair), run: run.clone() };
         Arc::new(FaultyConnection { inner, link, arriving: Arriving::default() })
+    }
+}
+
+impl State {
+    /// Closes the connections of a pair.
+    fn close(&mut self, pair: Pair) {
+        self.open.retain(|(of, connection)| {
+            let Some(connection) = connection.upgrade() else { return false };
+            if *of == pair {
+                connection.close();
+            }
+            *of != pair
+        });
     }
 }
 
@@ -147,6 +175,8 @@ impl Links {
 struct Link {
     links: Links,
     pair: Pair,
+    /// The losses of the pair when the connection was opened. After a further one nothing arrives on it any more.
+    losses: u64,
     /// Cancelled when this end of it has crashed.
     run: CancellationToken,
 }
@@ -166,6 +196,10 @@ impl Link {
             time::sleep_until(at).await;
         }
         self.links.wait_while_held(self.pair).await;
+    }
+
+    fn is_lost(&self) -> bool {
+        self.links.losses(self.pair) != self.losses
     }
 }
 
@@ -192,7 +226,7 @@ impl<T> Arriving<T> {
             }
         }
         link.links.wait_while_held(link.pair).await;
-        slot.take().map(|(_, message)| message)
+        slot.take().map(|(_, message)| message).filter(|_| !link.is_lost())
     }
 
     fn try_next(&self, link: &Link, receive: impl FnOnce() -> Option<T>) -> Option<T> {
@@ -201,7 +235,7 @@ impl<T> Arriving<T> {
             *slot = receive().map(|message| (link.links.arrival(link.pair), message));
         }
         let is_late = slot.as_ref().is_some_and(|(at, _)| *at > Instant::now());
-        if is_late || link.links.is_held(link.pair) {
+        if is_late || link.links.is_held(link.pair) || link.is_lost() {
             return None;
         }
         slot.take().map(|(_, message)| message)
@@ -270,7 +304,7 @@ impl Connection for FaultyConnection {
         let call = async {
             let reply = self.inner.request(method, body).await;
             self.link.pass().await;
-            reply
+            if self.link.is_lost() { Err(TransportError::Closed.into()) } else { reply }
         };
         self.link.run.run_until_cancelled(call).await.unwrap_or(Err(TransportError::Closed.into()))
     }

@@ -11,6 +11,7 @@ use metadata_store::{RegistryStore, SqliteStore};
 use observability::Exposition;
 use observability::metrics::register_shed;
 use orchestrator::{Orchestrator, OrchestratorParts, SealingKey};
+use parking_lot::Mutex;
 use prometheus_client::registry::Registry as Metrics;
 use protocol::control::{NodeRole, Scope, TokenCreate};
 use protocol::membership::Certificate;
@@ -23,7 +24,7 @@ use tempfile::TempDir;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use worker::{BaseWorker, CatalogUse, ServedModel, WorkerParts};
+use worker::{BaseWorker, CatalogUse, DiskCalls, ServedModel, WorkerParts};
 
 use crate::faulty_store::{Disk, FaultyStore};
 use crate::faulty_transport::Links;
@@ -117,7 +118,10 @@ pub struct Network {
     pub disks: Vec<Disk>,
     /// The running orchestrators, each with its hold on its disk.
     orchestrators: Vec<Option<(CancellationToken, Arc<FaultyStore>)>>,
-    gateways: Vec<Gateway>,
+    /// The running gateways, for clients that need no network to reach them.
+    gateways: Arc<Mutex<Vec<Option<Gateway>>>>,
+    gateway_stops: Vec<Option<CancellationToken>>,
+    clients: Vec<u8>,
     workers: Vec<Option<CancellationToken>>,
     epochs: Vec<u64>,
     pub troubles: Vec<Arc<EngineTrouble>>,
@@ -181,7 +185,9 @@ impl Network {
             registry,
             authority: CertificateAuthority::new(parts),
             orchestrators: (0..shape.orchestrators).map(|_| None).collect(),
-            gateways: vec![],
+            gateways: Arc::new(Mutex::new(vec![None; usize::from(shape.gateways)])),
+            gateway_stops: vec![None; usize::from(shape.gateways)],
+            clients: vec![],
             workers: vec![None; workers],
             epochs: vec![0; workers],
             troubles: (0..workers).map(|_| Arc::default()).collect(),
@@ -197,7 +203,6 @@ impl Network {
             network.start_gateway(number);
         }
         for number in 0..network.shape.workers {
-            // Nothing else happens while a worker reads its files on another thread.
             time::sleep(START_EVERY).await;
             network.start_worker(number);
         }
@@ -260,7 +265,7 @@ impl Network {
         });
     }
 
-    fn start_gateway(&mut self, number: u8) {
+    pub fn start_gateway(&mut self, number: u8) {
         let node = Node::Gateway(number);
         let mut metrics = Metrics::default();
         let shed = register_shed(&mut metrics);
@@ -283,8 +288,9 @@ impl Network {
             ..gateway::Config::default()
         };
         let gateway = Gateway::new(config, parts);
-        self.gateways.push(gateway.clone());
-        let stop = self.stop.clone();
+        let (index, stop) = (usize::from(number), self.stop.child_token());
+        self.gateways.lock()[index] = Some(gateway.clone());
+        self.gateway_stops[index] = Some(stop.clone());
         self.tasks.spawn(async move {
             let _ = gateway.run(stop).await;
         });
@@ -319,6 +325,7 @@ impl Network {
             clock,
             runtime: Arc::new(engine),
             artifacts,
+            disk: DiskCalls::at_once(),
             metrics: worker::Metrics::register(&mut Metrics::default()),
             adoption: None,
             version: "0".into(),
@@ -344,7 +351,13 @@ impl Network {
                     stop.cancel();
                 }
             }
-            Node::Registry | Node::Gateway(_) | Node::Client(_) => {}
+            Node::Gateway(number) => {
+                self.gateways.lock()[usize::from(number)] = None;
+                if let Some(stop) = self.gateway_stops[usize::from(number)].take() {
+                    stop.cancel();
+                }
+            }
+            Node::Registry | Node::Client(_) => {}
         }
     }
 
@@ -354,7 +367,8 @@ impl Network {
             Node::Registry => self.start_registry(),
             Node::Orchestrator(number) => self.start_orchestrator(number),
             Node::Worker(number) => self.start_worker(number),
-            Node::Gateway(_) | Node::Client(_) => {}
+            Node::Gateway(number) => self.start_gateway(number),
+            Node::Client(_) => {}
         }
     }
 
@@ -363,21 +377,24 @@ impl Network {
         self.skews[usize::from(worker)].store(skew_ms, Ordering::Relaxed);
     }
 
-    /// Returns a gateway, to be asked without a network between.
-    pub fn gateway(&self, number: u8) -> Gateway {
-        self.gateways[usize::from(number)].clone()
+    /// Returns the gateways, to be asked without a network between. One that has crashed is missing.
+    pub fn gateways(&self) -> Arc<Mutex<Vec<Option<Gateway>>>> {
+        self.gateways.clone()
     }
 
     /// Returns a client of a node of its own.
-    pub fn client(&self, number: u8) -> Client {
+    pub fn client(&mut self, number: u8) -> Client {
+        self.clients.push(number);
         Client::new(self.links.over(self.memory.node(&Node::Client(number).key())))
     }
 
-    /// Returns all nodes but the clients.
+    /// Returns all nodes.
     pub fn nodes(&self) -> Vec<Node> {
         let Shape { orchestrators, gateways, workers, .. } = self.shape;
         let services = (0..orchestrators).map(Node::Orchestrator).chain((0..gateways).map(Node::Gateway));
-        std::iter::once(Node::Registry).chain(services).chain((0..workers).map(Node::Worker)).collect()
+        let clients = self.clients.iter().copied().map(Node::Client);
+        let workers = (0..workers).map(Node::Worker);
+        std::iter::once(Node::Registry).chain(services).chain(workers).chain(clients).collect()
     }
 
     /// Makes an API key of a tenant.

@@ -53,7 +53,7 @@ struct Exchange {
 /// Runs the simulation of a seed. In a process of its own it repeats exactly; see [`crate::randomness`].
 pub fn simulate(seed: u64) -> Report {
     randomness::begin(seed);
-    // One thread that blocks: what it reads for one node comes before what it reads for the next.
+    // One thread for all that blocks, so that it comes in one order.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().start_paused(true).max_blocking_threads(1).build();
     runtime.expect("a runtime").block_on(run(seed))
@@ -75,23 +75,22 @@ async fn run(seed: u64) -> Report {
     for tenant in TENANTS {
         tokens.push(network.token(tenant).await);
     }
-    // Models are read on threads of their own, which take no time here and end in any order.
     time::sleep(START).await;
     let scene = Arc::new(Scene { tokens, trace: trace.clone(), asked: Mutex::default(), findings: findings.clone() });
-    if !scene.is_well(&network, &mut random).await {
+    if !scene.is_well(&mut network, &mut random).await {
         findings.report("the network does not start".to_owned());
     }
     let until = Instant::now() + BUSY;
     let clients = TaskTracker::new();
     for number in 0..CLIENTS {
-        clients.spawn(client(scene.clone(), Side::of(number, &network), number, random.fork(), until));
+        clients.spawn(client(scene.clone(), Side::of(number, &mut network), number, random.fork(), until));
     }
     let faults = break_things(&mut network, &trace, until, &mut random).await;
     clients.close();
     if time::timeout(RECOVERY * 2, clients.wait()).await.is_err() {
         findings.report("clients wait for ever".to_owned());
     }
-    if !scene.is_well(&network, &mut random).await {
+    if !scene.is_well(&mut network, &mut random).await {
         findings.report("the network does not recover".to_owned());
     }
     time::sleep(RELEASE).await;
@@ -142,15 +141,15 @@ async fn break_things(network: &mut Network, trace: &Trace, until: Instant, rand
 
 /// How a client reaches its gateway.
 enum Side {
-    Within(gateway::Gateway),
+    Within(Arc<Mutex<Vec<Option<gateway::Gateway>>>>, usize),
     Over(rpc::Client, protocol::PublicKey),
 }
 
 impl Side {
-    fn of(number: u8, network: &Network) -> Self {
+    fn of(number: u8, network: &mut Network) -> Self {
         let gateway = number / 2 % network.shape.gateways;
         if number.is_multiple_of(2) {
-            Self::Within(network.gateway(gateway))
+            Self::Within(network.gateways(), usize::from(gateway))
         } else {
             Self::Over(network.client(number), Node::Gateway(gateway).public_key())
         }
@@ -158,7 +157,13 @@ impl Side {
 
     async fn ask(&self, token: &str, request: &Request) -> Received {
         match self {
-            Self::Within(gateway) => workload::ask_within(gateway, token, request).await,
+            Self::Within(gateways, number) => {
+                let running = gateways.lock()[*number].clone();
+                match running {
+                    Some(gateway) => workload::ask_within(&gateway, token, request).await,
+                    None => Received::nothing(End::Broken),
+                }
+            }
             Self::Over(client, gateway) => workload::ask_over(client, *gateway, token, request).await,
         }
     }
@@ -197,12 +202,12 @@ impl Scene {
             self.findings.report(finding);
         }
         let end = received.end.clone();
-        self.asked.lock().push(Exchange { request, received, is_within: matches!(side, Side::Within(_)) });
+        self.asked.lock().push(Exchange { request, received, is_within: matches!(side, Side::Within(..)) });
         end
     }
 
     /// Asks until each model answers, for as long as a network may take to be well.
-    async fn is_well(&self, network: &Network, random: &mut Rng) -> bool {
+    async fn is_well(&self, network: &mut Network, random: &mut Rng) -> bool {
         let side = Side::of(0, network);
         let until = Instant::now() + RECOVERY;
         for (number, model) in models().into_iter().enumerate() {

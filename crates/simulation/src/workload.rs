@@ -92,7 +92,7 @@ pub enum End {
 }
 
 impl Received {
-    fn nothing(end: End) -> Self {
+    pub(crate) fn nothing(end: End) -> Self {
         Self { text: String::new(), end }
     }
 

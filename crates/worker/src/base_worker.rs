@@ -36,6 +36,7 @@ use crate::capabilities::Capabilities;
 use crate::catalog_watch::CatalogWatch;
 use crate::config::{CatalogUse, Config};
 use crate::device_report;
+use crate::disk_calls::DiskCalls;
 use crate::engine_meter::EngineMeter;
 use crate::execution_engine::{Begun, Broken, ExecutionEngine, empty_chunk, finish, pulse, send_progress};
 use crate::fetcher::{Fetcher, FetcherParts};
@@ -76,6 +77,8 @@ pub struct WorkerParts {
     pub runtime: Arc<dyn ModelRuntime>,
     /// The store of its model files.
     pub artifacts: ArtifactStore,
+    /// Runs the calls that wait for the disk of that store.
+    pub disk: DiskCalls,
     /// Its metrics; workers of one process may share them.
     pub metrics: Metrics,
     /// Decides which nodes may give it work and read its state.
@@ -155,7 +158,7 @@ impl BaseWorker {
             free_bytes: Arc::new(move || free.room_bytes().ok()),
             metrics: parts.metrics.clone(),
         });
-        let loader = Arc::new(ModelLoader::new(
+        let loader = ModelLoader::new(
             ModelCache::new(&config.models, preload),
             LoaderOptions { slots, queue_max, preload, memory_max, vram_max, sandbox: config.engine_sandbox, seed },
             runtime.clone(),
@@ -163,7 +166,8 @@ impl BaseWorker {
             fetcher,
             parts.metrics.clone(),
             changes.clone(),
-        ));
+        );
+        let loader = Arc::new(loader.with_disk_calls(parts.disk.clone()));
         let guard = QuotaGuard::new(JobLimits::of(&config), changes.clone());
         let stopped = CancellationToken::new();
         let end = stopped.clone().drop_guard();
@@ -287,12 +291,12 @@ impl BaseWorker {
         let reporter_stop = life.child_token();
         tasks.spawn(directory_task.run(reporter_stop.clone()));
         tasks.spawn(MembershipTask::new(client.clone(), directory.clone()).run(server_stop.clone()));
+        tasks.spawn(client.clone().watch_for_pauses(server_stop.clone()));
         let reporter = HealthReporter::new(reports, client, directory, hearing, changes.subscribe());
         let reporter = tasks.spawn(reporter.run(reporter_stop.clone()));
         let (wanting, region) = (handlers.clone(), config.region.clone());
         let announcer = Announcer::new(transport, move || wanting.wanted_topics(&region), changes.subscribe());
         let announcer = tasks.spawn(announcer.run(reporter_stop.clone()));
-        tasks.spawn(client.clone().watch_for_pauses(server_stop.clone()));
 
         stop.cancelled().await;
         info!(jobs = guard.count(), "the worker is stopping");

@@ -39,6 +39,7 @@ use residency::{Memory, Order, Residency, ResidencyFacts};
 
 use crate::config::{self, RemoteServer, ServedAdapter, ServedModel};
 use crate::device_report;
+use crate::disk_calls::DiskCalls;
 use crate::fetcher::{FetchError, Fetcher};
 use crate::metrics::Metrics;
 use crate::model_facts;
@@ -78,8 +79,8 @@ pub(crate) struct ModelLoader {
     fetcher: Fetcher,
     metrics: Metrics,
     changes: watch::Sender<()>,
-    /// Verification blocks, so it runs on these threads and is awaited.
-    blocking: TaskTracker,
+    /// Verification waits for the disk.
+    disk: DiskCalls,
     /// One task for each model.
     keepers: TaskTracker,
     life: CancellationToken,
@@ -189,9 +190,13 @@ impl ModelLoader {
         changes: watch::Sender<()>,
     ) -> Self {
         let artifacts = fetcher.store().clone();
-        let (blocking, keepers, life) = (TaskTracker::new(), TaskTracker::new(), CancellationToken::new());
+        let (disk, keepers, life) = (DiskCalls::on_threads(), TaskTracker::new(), CancellationToken::new());
         let vram = OnceLock::new();
-        Self { cache, options, vram, runtime, remote, artifacts, fetcher, metrics, changes, blocking, keepers, life }
+        Self { cache, options, vram, runtime, remote, artifacts, fetcher, metrics, changes, disk, keepers, life }
+    }
+
+    pub(crate) fn with_disk_calls(self, disk: DiskCalls) -> Self {
+        Self { disk, ..self }
     }
 
     /// Sets the GPU memory that models may take. Called before any model is loaded.
@@ -221,8 +226,7 @@ impl ModelLoader {
         self.life.cancel();
         self.keepers.close();
         self.keepers.wait().await;
-        self.blocking.close();
-        self.blocking.wait().await;
+        self.disk.end().await;
     }
 
     /// Starts to serve a further model. The registry must list its file.
@@ -694,8 +698,7 @@ impl ModelLoader {
         }
         let artifact = self.open(entry.model.digest()).await?;
         let (file, bytes) = (artifact.file, artifact.bytes);
-        let header = self.blocking.spawn_blocking(move || Header::read(&file)).await;
-        let header = header.map_err(|_| LoadError::Interrupted)?;
+        let header = self.disk.run(move || Header::read(&file)).await.ok_or(LoadError::Interrupted)?;
         let header = header.map_err(|error| EngineError::InvalidModel { reason: error.to_string() })?;
         let trained = header.context_length().unwrap_or_default();
         let context_length = match entry.model.context_length {
@@ -776,7 +779,7 @@ impl ModelLoader {
     /// Marks a file as in use, if it was fetched.
     async fn in_use(&self, digest: Digest) -> Option<InUse> {
         let artifacts = self.artifacts.clone();
-        let noted = self.blocking.spawn_blocking(move || artifacts.in_use(&digest)).await.ok()?;
+        let noted = self.disk.run(move || artifacts.in_use(&digest)).await?;
         // An unmarked file may be evicted while it is used. It stays readable for those who have it open, and is
         // fetched again.
         noted.inspect_err(|error| warn!(%digest, %error, "a fetched file could not be marked as used")).ok()?
@@ -840,8 +843,8 @@ impl ModelLoader {
     /// Reads a file's facts about its model. Whether it can be loaded is for the engine to decide.
     async fn facts_of(&self, artifact: &VerifiedArtifact) -> Option<ModelFacts> {
         let file = artifact.file.try_clone().ok()?;
-        let header = self.blocking.spawn_blocking(move || Header::read(&file)).await;
-        Some(model_facts::of(&header.ok()?.ok()?))
+        let header = self.disk.run(move || Header::read(&file)).await?;
+        Some(model_facts::of(&header.ok()?))
     }
 
     /// Merges a model's pinned adapter into its weights, if their format allows it.
@@ -854,8 +857,8 @@ impl ModelLoader {
         entry.set_merged(false);
         let opened = self.obtain(adapter.digest, &|_, _, _| {}).await?;
         let artifacts = self.artifacts.clone();
-        let scratch = self.blocking.spawn_blocking(move || artifacts.scratch()).await;
-        let scratch = scratch.map_err(|_| LoadError::Interrupted)?.map_err(LoadError::Scratch)?;
+        let scratch = self.disk.run(move || artifacts.scratch()).await.ok_or(LoadError::Interrupted)?;
+        let scratch = scratch.map_err(LoadError::Scratch)?;
         let merged = match engine::merge::merge(&model, &opened, scratch).await? {
             Merge::Done(merged) => merged,
             Merge::Refused(reason) => {
@@ -901,8 +904,8 @@ impl ModelLoader {
 
     async fn open(&self, digest: Digest) -> Result<VerifiedArtifact, LoadError> {
         let artifacts = self.artifacts.clone();
-        let opened = self.blocking.spawn_blocking(move || artifacts.open(&digest)).await;
-        let VerifiedFile { file, digest, bytes } = opened.map_err(|_| LoadError::Interrupted)??;
+        let opened = self.disk.run(move || artifacts.open(&digest)).await;
+        let VerifiedFile { file, digest, bytes } = opened.ok_or(LoadError::Interrupted)??;
         Ok(VerifiedArtifact { file, sha256: digest.to_string(), bytes, parts: Vec::new() })
     }
 

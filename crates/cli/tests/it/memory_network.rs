@@ -29,7 +29,7 @@ use tether_cli::metrics::Metrics;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use worker::{BaseWorker, ServedModel, WorkerParts};
+use worker::{BaseWorker, DiskCalls, ServedModel, WorkerParts};
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 pub(crate) const HOUR: Duration = Duration::from_hours(1);
@@ -199,6 +199,7 @@ impl Network {
             clock: self.clock.clone(),
             runtime: Arc::new(MockRuntime::new(mock)),
             artifacts,
+            disk: DiskCalls::on_threads(),
             metrics: Metrics::new().worker,
             membership,
             adoption: None,

@@ -12,14 +12,14 @@ fn text(output: &Output) -> String {
 
 #[test]
 fn many_networks_lose_double_and_break_nothing() {
-    let output = simulate(&["40", "0"]);
+    let output = simulate(&["70", "0"]);
     assert!(output.status.success(), "{}", text(&output));
 }
 
-/// Nearly every seed repeats; the crate's README says which may not.
+/// In some of them workers start while others work, which once made a seed differ from run to run.
 #[test]
 fn a_seed_repeats_exactly() {
-    for seed in ["3", "11", "12"] {
+    for seed in ["3", "11", "12", "2000003"] {
         let [one, other] = [(); 2].map(|()| text(&simulate(&["--seed", seed])));
         assert!(one.lines().count() > 50, "{one}");
         assert_eq!(one, other);

@@ -34,7 +34,7 @@ use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, CorrelationId, Digest, PublicKey, Region, Topic, UnixMillis, WireError, codec};
 use rpc::{CallError, Client, Membership, MemoryNetwork, ResponseStream, Server, StreamOptions, Transport};
 use tempfile::TempDir;
-use tether_worker::{BaseWorker, Config, ServedModel, WorkerHandle, WorkerParts};
+use tether_worker::{BaseWorker, Config, DiskCalls, ServedModel, WorkerHandle, WorkerParts};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -213,6 +213,7 @@ impl Scene {
             clock: world.clock.clone(),
             runtime: wrap(runtime.clone()),
             artifacts,
+            disk: DiskCalls::on_threads(),
             metrics,
             membership: admit(&world),
             adoption: None,
