@@ -56,6 +56,8 @@ pub enum Outcome {
     Well,
     /// Something is wrong, and was reported.
     Finding,
+    /// The command failed, and another process has said why.
+    Failure,
 }
 
 pub struct Context {
@@ -112,6 +114,7 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(Outcome::Well) => ExitCode::SUCCESS,
         Ok(Outcome::Finding) => ExitCode::from(FINDING),
+        Ok(Outcome::Failure) => ExitCode::from(FAILURE),
         Err(error) => {
             output::note(format!("{error:#}"));
             ExitCode::from(FAILURE)

@@ -96,3 +96,24 @@ fn the_cells_of_a_drill_are_listed_and_a_mistyped_one_is_refused() {
     assert_eq!(refused.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--list"));
 }
+
+#[test]
+fn a_drill_names_the_cells_that_its_machine_does_not_allow() {
+    let home = Home::new();
+    let program = drill(&home, &["--campaign", "cut", "--campaign", "disk-full"]);
+    // A namespace of users in which nobody may make a network.
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "sh", "-c"]);
+    command.args(["echo 0 > /proc/sys/user/max_net_namespaces && exec \"$0\" \"$@\""]);
+    command.arg(program.get_program()).args(program.get_args());
+    for (name, value) in program.get_envs() {
+        command.env(name, value.expect("nothing is removed"));
+    }
+    let output = command.output().expect("it runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(2), "nothing was run: {said}{}", String::from_utf8_lossy(&output.stderr));
+    for part in ["skipped 10 cells", "cut/worker/1s", "disk-full/gateway", "does not allow unprivileged namespaces"] {
+        assert!(said.contains(part), "no {part} in {said}");
+    }
+    assert!(is_empty(&home));
+}

@@ -57,8 +57,8 @@ pub(crate) async fn show(Segment(correlation_id): Segment, operator: Operator) -
     Ok(Json(operator.gateway.show_jobs(request_id(&correlation_id)?).await?))
 }
 
-/// Cancels the jobs of a request that run or wait. Its client gets the error `cancelled_by_operator`, and what it has read is
-/// billed.
+/// Cancels the jobs of a request that run or wait. Its client gets the error `cancelled_by_operator`, and what it has
+/// read is billed.
 #[utoipa::path(
     post, path = "/admin/v1/jobs/{correlationId}/cancel", tag = "admin", operation_id = "cancelJobs", security(("bearer" = [])),
     params(("correlationId" = String, Path, description = "Id of the request, as in the header `x-request-id`")),
