@@ -10,6 +10,8 @@ pub struct TextAssembler {
     incomplete: Vec<u8>,
     held: String,
     stopped: bool,
+    /// The stop sequence that ended the text.
+    stop: Option<String>,
 }
 
 impl TextAssembler {
@@ -26,9 +28,8 @@ impl TextAssembler {
         }
         let known = self.held.len();
         self.decode(bytes);
-        if let Some(start) = self.find_stop(known) {
+        if self.cut_at_stop(known) {
             self.stopped = true;
-            self.held.truncate(start);
             return std::mem::take(&mut self.held);
         }
         let keep = self.held_back();
@@ -41,6 +42,11 @@ impl TextAssembler {
         self.stopped
     }
 
+    /// Returns the stop sequence that ended the text, if one did.
+    pub fn stop_sequence(&self) -> Option<&str> {
+        self.stop.as_deref()
+    }
+
     /// Ends the answer and returns the text that was held back. If the token limit cut the answer, an incomplete last
     /// character is dropped, since more bytes would have completed it.
     pub fn finish(&mut self, is_cut: bool) -> String {
@@ -51,9 +57,7 @@ impl TextAssembler {
         if is_incomplete && !is_cut {
             let known = self.held.len();
             self.held.push(char::REPLACEMENT_CHARACTER);
-            if let Some(start) = self.find_stop(known) {
-                self.held.truncate(start);
-            }
+            self.cut_at_stop(known);
         }
         self.stopped = true;
         std::mem::take(&mut self.held)
@@ -84,13 +88,22 @@ impl TextAssembler {
         self.incomplete.drain(..self.incomplete.len() - keep);
     }
 
-    /// Returns the start of the stop sequence that is completed first after `known` bytes; if two end there, the
-    /// longer one's.
-    fn find_stop(&self, known: usize) -> Option<usize> {
+    /// Cuts `held` at the stop sequence that is completed first after `known` bytes. Returns whether there is one.
+    fn cut_at_stop(&mut self, known: usize) -> bool {
+        let Some((start, stop)) = self.find_stop(known) else { return false };
+        self.stop = Some(stop.to_owned());
+        self.held.truncate(start);
+        true
+    }
+
+    /// Returns the stop sequence that is completed first after `known` bytes, and its start; if two end there, the
+    /// longer one.
+    fn find_stop(&self, known: usize) -> Option<(usize, &str)> {
         let ends = self.held.char_indices().map(|(start, character)| start + character.len_utf8());
         ends.skip_while(|end| *end <= known).find_map(|end| {
             let text = &self.held[..end];
-            self.stops.iter().filter(|stop| text.ends_with(stop.as_str())).map(|stop| end - stop.len()).min()
+            let complete = self.stops.iter().filter(|stop| text.ends_with(stop.as_str()));
+            complete.max_by_key(|stop| stop.len()).map(|stop| (end - stop.len(), stop.as_str()))
         })
     }
 
@@ -168,6 +181,17 @@ mod tests {
         assert_eq!(assembler.push(b"\n\n\nUser: x"), "\n");
         assert!(assembler.is_stopped());
         assert_eq!(assembler.push(b"more"), "");
+    }
+
+    #[test]
+    fn the_stop_sequence_that_ended_the_text_is_known() {
+        let stops = ["b".to_owned(), "ab".to_owned(), "x".to_owned()];
+        for (text, expected) in [("1ab2x", Some("ab")), ("1b2ab", Some("b")), ("1a2x", Some("x")), ("none", None)] {
+            let mut assembler = TextAssembler::new(&stops);
+            assembler.push(text.as_bytes());
+            assembler.finish(false);
+            assert_eq!(assembler.stop_sequence(), expected, "{text}");
+        }
     }
 
     #[test]

@@ -90,6 +90,8 @@ pub struct Content {
     pub input_tokens: Option<u32>,
     /// Why this answer ended; set in its last piece.
     pub finish_reason: Option<FinishReason>,
+    /// The stop sequence that ended this answer, in the same piece.
+    pub stop_sequence: Option<Box<str>>,
     /// Usage of the whole job in the last piece, of the prompt in the first.
     pub usage: Option<TokenUsage>,
     /// How often another worker continued the answer, in the last piece.

@@ -109,6 +109,9 @@ pub struct Choice {
     pub logprobs: Vec<TokenLogprob>,
     /// Why generation ended.
     pub finish_reason: FinishReason,
+    /// The stop sequence that ended the answer. Not every server tells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_sequence: Option<String>,
 }
 
 /// Requests the models that a token may use.

@@ -342,6 +342,9 @@ pub struct Payload {
     /// Why the answer ended. Present in the last chunk of each answer, and in the last chunk of all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finish_reason: Option<FinishReason>,
+    /// The stop sequence that ended the answer, beside its finish reason. Not every server tells it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_sequence: Option<String>,
     /// Token usage: that of the prompt in the first chunk, that of the job in the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<TokenUsage>,

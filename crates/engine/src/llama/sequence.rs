@@ -270,6 +270,7 @@ impl Sequence {
         let rest = self.assembler.finish(reason == FinishReason::Length);
         // This text belongs to tokens that were already sent and counted.
         let mut last = piece(read(&mut self.job.parser, rest, &mut 0));
+        last.stop_sequence = self.assembler.stop_sequence().map(str::to_owned);
         if let Some(parser) = &mut self.job.parser {
             let (delta, calls) = parser.finish(reason == FinishReason::Length);
             last.append(piece(delta));

@@ -63,12 +63,20 @@ pub struct Piece {
     /// One entry per token, if requested. Those of an echoed prompt come before all others.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<TokenLogprob>,
+    /// The stop sequence that ended the answer, in the `rest` of its end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_sequence: Option<String>,
 }
 
 impl Piece {
     pub fn is_empty(&self) -> bool {
-        let Self { text, reasoning, tool_calls, tokens, logprobs } = self;
-        text.is_empty() && reasoning.is_empty() && tool_calls.is_empty() && tokens.is_empty() && logprobs.is_empty()
+        let Self { text, reasoning, tool_calls, tokens, logprobs, stop_sequence } = self;
+        text.is_empty()
+            && reasoning.is_empty()
+            && tool_calls.is_empty()
+            && tokens.is_empty()
+            && logprobs.is_empty()
+            && stop_sequence.is_none()
     }
 
     /// Appends a later piece.
@@ -79,6 +87,7 @@ impl Piece {
         self.tool_calls.extend(later.tool_calls);
         self.tokens.extend(later.tokens);
         self.logprobs.extend(later.logprobs);
+        self.stop_sequence = later.stop_sequence.or(self.stop_sequence.take());
     }
 }
 

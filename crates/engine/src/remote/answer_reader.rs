@@ -30,6 +30,7 @@ pub struct AnswerReader {
     /// What the caller already has of the answer, if another server began it.
     delivered: Option<Delivered>,
     reason: Option<FinishReason>,
+    stop_sequence: Option<String>,
     reported: Option<TokenUsage>,
     /// The usage to report if the server reports none.
     guess: TokenUsage,
@@ -47,6 +48,7 @@ impl AnswerReader {
             call_chunks: 0,
             delivered: None,
             reason: None,
+            stop_sequence: None,
             reported: None,
             guess: TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 },
         }
@@ -112,7 +114,8 @@ impl AnswerReader {
         let tool_calls = std::mem::take(&mut self.calls);
         let has_called = !tool_calls.is_empty() && reason == FinishReason::Stop;
         let reason = if has_called { FinishReason::ToolCalls } else { reason };
-        events.push(Event::Done { reason, usage: self.usage(), rest: Piece { tool_calls, ..Piece::default() } });
+        let rest = Piece { tool_calls, stop_sequence: self.stop_sequence.take(), ..Piece::default() };
+        events.push(Event::Done { reason, usage: self.usage(), rest });
         Ok(())
     }
 
@@ -127,7 +130,7 @@ impl AnswerReader {
     }
 
     fn take(&mut self, choice: Choice, events: &mut Vec<Event>) -> Result<(), EngineError> {
-        let Choice { delta, text, logprobs, finish_reason } = choice;
+        let Choice { delta, text, logprobs, finish_reason, stop_reason, matched_stop } = choice;
         let Delta { content, reasoning_content, reasoning, tool_calls } = delta.unwrap_or_default();
         let mut piece = Piece {
             text: content.or(text).unwrap_or_default(),
@@ -151,6 +154,10 @@ impl AnswerReader {
         }
         if !piece.is_empty() {
             events.push(Event::Piece(piece));
+        }
+        // Other ends of an answer are token ids.
+        if let Some(Value::String(stop)) = stop_reason.or(matched_stop) {
+            self.stop_sequence = Some(stop);
         }
         match finish_reason.as_deref() {
             None | Some("") => {}
@@ -209,6 +216,10 @@ struct Choice {
     text: Option<String>,
     logprobs: Option<Logprobs>,
     finish_reason: Option<String>,
+    /// The stop sequence that ended the answer, from vLLM.
+    stop_reason: Option<Value>,
+    /// The same from SGLang.
+    matched_stop: Option<Value>,
 }
 
 #[derive(Default, Deserialize)]
@@ -382,6 +393,20 @@ mod tests {
         let usage = TokenUsage { prompt_tokens: 9, completion_tokens: 2, cached_tokens: 0, reasoning_tokens: 0 };
         let done = Event::Done { reason: FinishReason::Length, usage, rest: Piece::default() };
         assert_eq!(events.expect("read").last(), Some(&done));
+    }
+
+    #[test]
+    fn a_stop_sequence_is_read_where_the_server_tells_it_and_a_token_is_none() {
+        for (told, expected) in [
+            (r#""stop_reason":"END""#, Some("END")),
+            (r#""matched_stop":"END""#, Some("END")),
+            (r#""matched_stop":2"#, None),
+        ] {
+            let last = format!(r#"{{"choices":[{{"text":"a","finish_reason":"stop",{told}}}]}}"#);
+            let events = read(&[&last, "[DONE]"]).expect("read");
+            let Some(Event::Done { rest, .. }) = events.last() else { panic!("an end") };
+            assert_eq!(rest.stop_sequence.as_deref(), expected, "{told}");
+        }
     }
 
     #[test]

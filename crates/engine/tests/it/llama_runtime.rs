@@ -98,7 +98,9 @@ async fn a_stop_text_ends_the_answer_and_is_not_part_of_it() {
     let request = GenerateRequest { stop: vec!["is Tok".into()], ..ask(model, "What is the capital of Japan?") };
     let answer = run(&runtime, request).await;
     assert_eq!(answer.text, "The capital of Japan ");
-    assert_eq!(answer.reason(), FinishReason::Stop);
+    assert_eq!((answer.reason(), answer.stop_sequence.as_deref()), (FinishReason::Stop, Some("is Tok")));
+    let answer = run(&runtime, ask(model, "What is the capital of Japan?")).await;
+    assert_eq!((answer.reason(), answer.stop_sequence), (FinishReason::Stop, None));
 }
 
 #[tokio::test]

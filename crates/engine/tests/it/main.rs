@@ -123,6 +123,7 @@ struct Answer {
     tokens: Vec<u32>,
     pieces: usize,
     started: Option<u32>,
+    stop_sequence: Option<String>,
     end: Result<(FinishReason, TokenUsage), EngineError>,
 }
 
@@ -142,6 +143,7 @@ async fn read(mut stream: GenerateStream) -> Answer {
         tokens: Vec::new(),
         pieces: 0,
         started: None,
+        stop_sequence: None,
         end: Err(EngineError::Failed { reason: "the stream has no end".into() }),
     };
     while let Some(item) = within(stream.next()).await {
@@ -154,6 +156,7 @@ async fn read(mut stream: GenerateStream) -> Answer {
             }
             Ok(Event::Done { reason, usage, rest }) => {
                 answer.text.push_str(&rest.text);
+                answer.stop_sequence = rest.stop_sequence;
                 answer.end = Ok((reason, usage));
             }
             Ok(Event::Progress(_)) => {}

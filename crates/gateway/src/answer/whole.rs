@@ -37,6 +37,7 @@ struct OpenChoice {
     tool_calls: Vec<ToolCall>,
     logprobs: Vec<protocol::infer::TokenLogprob>,
     finish_reason: Option<FinishReason>,
+    stop_sequence: Option<Box<str>>,
 }
 
 impl Gathering {
@@ -57,6 +58,7 @@ impl Gathering {
         choice.reasoning += &content.reasoning;
         choice.logprobs.extend(content.logprobs);
         choice.finish_reason = content.finish_reason.or(choice.finish_reason);
+        choice.stop_sequence = content.stop_sequence.or(choice.stop_sequence.take());
         for delta in content.tool_calls {
             choice.call(delta)?;
         }
@@ -102,8 +104,15 @@ impl OpenChoice {
     }
 
     fn finish(self) -> Option<Choice> {
-        let Self { text, reasoning, tool_calls, logprobs, finish_reason } = self;
-        Some(Choice { text, reasoning, tool_calls, logprobs, finish_reason: finish_reason? })
+        let Self { text, reasoning, tool_calls, logprobs, finish_reason, stop_sequence } = self;
+        Some(Choice {
+            text,
+            reasoning,
+            tool_calls,
+            logprobs,
+            finish_reason: finish_reason?,
+            stop_sequence: stop_sequence.map(String::from),
+        })
     }
 }
 

@@ -201,7 +201,7 @@ impl ChunkWriter {
 }
 
 fn bytes_of(piece: &Piece) -> usize {
-    let Piece { text, reasoning, tool_calls, tokens: _, logprobs } = piece;
+    let Piece { text, reasoning, tool_calls, logprobs, tokens: _, stop_sequence: _ } = piece;
     let arguments: usize = tool_calls.iter().map(|delta| delta.arguments.len()).sum();
     let logprobs: usize = logprobs.iter().map(|token| (1 + token.top.len()) * LOGPROB_BYTES).sum();
     text.len() + reasoning.len() + arguments + logprobs
@@ -227,6 +227,7 @@ fn clear(payload: &mut Payload) {
     payload.logprobs.clear();
     payload.embeddings.clear();
     payload.finish_reason = None;
+    payload.stop_sequence = None;
     payload.usage = None;
 }
 

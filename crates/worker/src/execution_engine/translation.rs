@@ -60,7 +60,7 @@ fn texts(inputs: &[EmbedInput]) -> Vec<PromptInput> {
 
 /// Appends a piece of an answer to its unsent payload.
 pub(super) fn append(payload: &mut Payload, piece: Piece) {
-    let Piece { text, reasoning, tool_calls, tokens, logprobs } = piece;
+    let Piece { text, reasoning, tool_calls, tokens, logprobs, stop_sequence } = piece;
     let join = |whole: &mut String, more: String| if whole.is_empty() { *whole = more } else { whole.push_str(&more) };
     join(&mut payload.text, text);
     join(&mut payload.reasoning, reasoning);
@@ -71,6 +71,7 @@ pub(super) fn append(payload: &mut Payload, piece: Piece) {
         payload.tokens.extend(tokens);
     }
     payload.logprobs.extend(logprobs);
+    payload.stop_sequence = stop_sequence.or(payload.stop_sequence.take());
 }
 
 /// Translates an engine's error to a wire error. Reasons are left out: they may name paths and processes.

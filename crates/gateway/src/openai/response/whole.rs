@@ -87,7 +87,7 @@ struct TextChoice<'a> {
 
 impl<'a> ChatChoice<'a> {
     fn of((index, choice): (u32, &'a Choice)) -> Self {
-        let Choice { text, reasoning, tool_calls, logprobs, finish_reason } = choice;
+        let Choice { text, reasoning, tool_calls, logprobs, finish_reason, stop_sequence: _ } = choice;
         let message = AssistantMessage {
             role: "assistant",
             content: (!text.is_empty() || tool_calls.is_empty()).then_some(text),
