@@ -6,6 +6,7 @@ mod chat;
 mod client_address;
 mod completions;
 mod connection;
+mod dialect;
 mod embeddings;
 mod errors;
 mod extract;

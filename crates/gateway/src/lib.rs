@@ -2,9 +2,11 @@
 //!
 //! Every request passes [`Gateway::admit`] (authentication, rate limit, capacity) and then [`Gateway::submit`] (choice
 //! of model and orchestrator), which returns an [`Answer`]. [`http_bridge`] is the HTTP server and [`rpc_gateway`] the
-//! RPC server. [`open_gateway`] runs both, and [`openai`] translates between jobs and the OpenAI API.
+//! RPC server. [`open_gateway`] runs both. The dialects [`openai`] and [`anthropic`] translate between jobs and the APIs that
+//! clients speak.
 
 mod answer;
+mod anthropic;
 mod authentication;
 mod builds;
 mod cached;

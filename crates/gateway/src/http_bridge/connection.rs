@@ -23,6 +23,7 @@ use tower::Service as _;
 use tracing::debug;
 
 use super::client_address::{client_address, is_proxy};
+use super::dialect::Dialect;
 use super::errors;
 use super::extract::{ArrivedAt, Bridge};
 use super::reset_limit::ResetLimit;
@@ -192,10 +193,12 @@ impl Shared {
     /// Answers a request. The permit is held until the response is sent.
     async fn respond(&self, request: Request<Incoming>, peer: IpAddr) -> (Response<Body>, Option<OriginPermit>) {
         let (origin, permit) = self.identify(&request, peer);
-        let (mut response, permit) = match permit {
+        let dialect = Dialect::of(request.uri().path(), request.headers());
+        let (response, permit) = match permit {
             Ok(permit) => (self.route(request, origin).await, permit),
             Err(TooMany) => (errors::failure(&too_many(self.gateway.config())), None),
         };
+        let mut response = dialect.shape(response);
         harden(response.headers_mut(), self.tls.is_some());
         (response, permit)
     }

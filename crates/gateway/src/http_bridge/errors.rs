@@ -21,7 +21,7 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 /// `Retry-After` of retryable errors that specify no wait.
 const DEFAULT_WAIT_MS: u64 = 1000;
 
-/// Builds the response for an error.
+/// Builds the response for an error. It contains the error as well, for [`super::dialect`].
 pub(super) fn failure(error: &WireError) -> Response<Body> {
     let mut body = BytesMut::new();
     error::write(error, &mut body);
@@ -48,6 +48,7 @@ pub(super) fn failure(error: &WireError) -> Response<Body> {
         headers.insert(header::RETRY_AFTER, HeaderValue::from(wait.div_ceil(1000)));
         headers.insert(HeaderName::from_static("retry-after-ms"), HeaderValue::from(wait));
     }
+    response.extensions_mut().insert(error.clone());
     response
 }
 

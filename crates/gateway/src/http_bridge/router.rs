@@ -19,8 +19,9 @@ use super::extract::{Bridge, Inquiry, context};
 use super::{GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, models, openapi};
 
 /// The response headers that pages of other origins may read.
-const EXPOSED: [&str; 20] = [
+const EXPOSED: [&str; 21] = [
     "x-request-id",
+    "request-id",
     "openai-processing-ms",
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",

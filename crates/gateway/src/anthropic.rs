@@ -1,0 +1,3 @@
+//! Translates Anthropic's Messages API: its requests to jobs, and answers to its responses. Independent of HTTP and RPC.
+
+pub(crate) mod response;

@@ -1,0 +1,3 @@
+//! Serializes answers as Anthropic's responses.
+
+pub(crate) mod error;
