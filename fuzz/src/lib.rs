@@ -79,6 +79,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("infer_submission", infer_submission),
     ("invite", invite),
     ("known_peers", known_peers),
+    ("messages_request", messages_request),
     ("model_ref", model_ref),
     ("mux_frames", mux_frames),
     ("noise_message", noise_message),
@@ -148,6 +149,14 @@ pub fn infer_submission(bytes: &[u8]) {
 pub fn chat_request(bytes: &[u8]) {
     if let Ok(generation) = gateway::parse_chat(bytes) {
         assert_eq!(generation.job.input.check(), Ok(()), "what passed is a sound job");
+    }
+}
+
+/// The bodies of `POST /v1/messages` and of its count of tokens.
+pub fn messages_request(bytes: &[u8]) {
+    if let Ok(order) = gateway::parse_messages(bytes) {
+        assert_eq!(order.job.input.check(), Ok(()), "what passed is a sound job");
+        assert!(gateway::parse_message_count(bytes).is_ok(), "what can be answered can be counted");
     }
 }
 

@@ -232,6 +232,13 @@ impl Answer {
         &self.entries[0]
     }
 
+    /// Returns the name of the model that answers, for a client that named it so: the same, unless another one runs the
+    /// job.
+    pub(crate) fn model_name(&self, asked: &str) -> String {
+        let other = self.degraded().and_then(|degraded| degraded.model.as_ref());
+        other.map_or_else(|| asked.to_owned(), |model| model.model_id.to_string())
+    }
+
     /// Returns the attempt that answers, counted from 1.
     pub fn attempt(&self) -> u32 {
         self.check.attempt

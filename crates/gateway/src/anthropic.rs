@@ -1,3 +1,5 @@
-//! Translates Anthropic's Messages API: its requests to jobs, and answers to its responses. Independent of HTTP and RPC.
+//! Translates Anthropic's Messages API: its requests to jobs, and answers to its responses. Independent of HTTP and
+//! RPC.
 
+pub(crate) mod request;
 pub(crate) mod response;

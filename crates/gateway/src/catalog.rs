@@ -117,6 +117,16 @@ pub(crate) fn parse_ref(text: &str) -> Result<ModelRef, WireError> {
     text.parse().map_err(|_| not_found(text))
 }
 
+/// Parses the name of the model in a request, where it is required.
+pub(crate) fn parse_named(name: Option<&str>) -> Result<(ModelRef, String), WireError> {
+    let name = name.unwrap_or_default();
+    if name.is_empty() {
+        let message = "model is missing; GET /v1/models lists those that can be named";
+        return Err(WireError::new(ErrorCode::MissingModel, message).with_param("model"));
+    }
+    Ok((parse_ref(name)?, name.to_owned()))
+}
+
 #[cfg(test)]
 mod tests {
     use protocol::{Digest, UnixMillis};

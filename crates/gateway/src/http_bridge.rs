@@ -1,4 +1,4 @@
-//! The HTTP server: the OpenAI API, Tether's own API, the admin API, health checks and metrics.
+//! The HTTP server: the OpenAI and Anthropic APIs, Tether's own API, the admin API, health checks and metrics.
 
 mod admin;
 mod answer_body;
@@ -14,6 +14,7 @@ mod health;
 mod infer;
 mod input_tokens;
 mod job;
+mod messages;
 mod models;
 mod openapi;
 mod repeats;

@@ -32,6 +32,22 @@ pub struct Job {
 }
 
 impl Job {
+    /// Creates a job that says no more than its model and input.
+    pub(crate) fn new(model: ModelRef, input: Input) -> Self {
+        Self {
+            model,
+            input,
+            tenant_id: None,
+            correlation_id: None,
+            retry_token: None,
+            trace_id: None,
+            linger: None,
+            keeps_answer: false,
+            class: None,
+            deadline: None,
+        }
+    }
+
     /// Makes a job that can be asked for again for `linger` after its client is gone. Its id is derived from the token
     /// if the client gave none, so that a repeat has the same id.
     #[must_use]

@@ -52,8 +52,9 @@ fn plain_types(reason: &str) -> String {
     let found = found.replace("invalid type: map", "invalid type: object");
     let found = found.replace("invalid type: sequence", "invalid type: array").replace("floating point", "number");
     let plain = TYPES.iter().find(|(rust, _)| *rust == expected).map(|(_, plain)| *plain);
-    let is_type =
-        ["struct ", "enum ", "tuple struct ", "newtype struct "].iter().any(|kind| expected.starts_with(kind));
+    let is_type = ["struct ", "enum ", "internally tagged enum ", "tuple struct ", "newtype struct "]
+        .iter()
+        .any(|kind| expected.starts_with(kind));
     let expected = plain.unwrap_or(if is_type { "an object" } else { expected });
     format!("{found}expected {expected}")
 }

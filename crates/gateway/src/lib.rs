@@ -2,8 +2,8 @@
 //!
 //! Every request passes [`Gateway::admit`] (authentication, rate limit, capacity) and then [`Gateway::submit`] (choice
 //! of model and orchestrator), which returns an [`Answer`]. [`http_bridge`] is the HTTP server and [`rpc_gateway`] the
-//! RPC server. [`open_gateway`] runs both. The dialects [`openai`] and [`anthropic`] translate between jobs and the APIs that
-//! clients speak.
+//! RPC server. [`open_gateway`] runs both. The dialects [`openai`] and [`anthropic`] translate between jobs and the
+//! APIs that clients speak.
 
 mod answer;
 mod anthropic;
@@ -33,6 +33,7 @@ mod rpc_gateway;
 mod upstream;
 
 pub use answer::{Answer, Content, End, Piece, parse_chunk};
+pub use anthropic::request::{MessageOrder, parse_message_count, parse_messages};
 pub use config::{Config, MetricsAccess, ProxyHeader, ProxyNetwork, RateLimitConfig};
 pub use gateway::{Gateway, GatewayParts};
 pub use http_bridge::GatewayError;

@@ -11,8 +11,9 @@ use protocol::{CorrelationId, ErrorCode, UnixMillis, WireError};
 use rpc::rate_limit::{Quota, Verdict};
 use serde::Serialize;
 use utoipa::openapi::{self, ContentBuilder, Ref, RefOr, ResponseBuilder};
-use utoipa::{IntoResponses, ToSchema as _};
+use utoipa::{IntoResponses, ToSchema};
 
+use crate::anthropic::response::error as anthropic;
 use crate::openai::response::error::{self, ErrorBody};
 use crate::request_context::RequestContext;
 
@@ -87,10 +88,50 @@ const STATUSES: [(u16, &str); 14] = [
 
 impl IntoResponses for ApiError {
     fn responses() -> BTreeMap<String, RefOr<openapi::Response>> {
-        let body = || ContentBuilder::new().schema(Some(Ref::from_schema_name(ErrorBody::name()))).build();
-        let response = |meaning| ResponseBuilder::new().description(meaning).content("application/json", body()).into();
-        STATUSES.map(|(status, meaning)| (status.to_string(), response(meaning))).into()
+        describe(STATUSES, &ErrorBody::name())
     }
+}
+
+/// The errors of Anthropic's API, for its description.
+pub(super) struct MessageError;
+
+impl IntoResponses for MessageError {
+    fn responses() -> BTreeMap<String, RefOr<openapi::Response>> {
+        describe(
+            STATUSES.map(|(status, meaning)| (anthropic::status_here(status), meaning)),
+            &anthropic::ErrorBody::name(),
+        )
+    }
+}
+
+/// The errors of endpoints that both APIs have, for their description.
+pub(super) struct EitherError;
+
+/// The body of an error, in the format of the client's API.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only its description is used")]
+pub(super) enum EitherBody {
+    OpenAi(ErrorBody<'static>),
+    Anthropic(anthropic::ErrorBody<'static>),
+}
+
+impl IntoResponses for EitherError {
+    fn responses() -> BTreeMap<String, RefOr<openapi::Response>> {
+        let overloaded = STATUSES.into_iter().filter(|(status, _)| *status == 503);
+        let overloaded = overloaded.map(|(status, meaning)| (anthropic::status_here(status), meaning));
+        describe(STATUSES.into_iter().chain(overloaded), &EitherBody::name())
+    }
+}
+
+/// Describes errors with a body of this name.
+fn describe(
+    statuses: impl IntoIterator<Item = (u16, &'static str)>,
+    body: &str,
+) -> BTreeMap<String, RefOr<openapi::Response>> {
+    let body = || ContentBuilder::new().schema(Some(Ref::from_schema_name(body))).build();
+    let response = |meaning| ResponseBuilder::new().description(meaning).content("application/json", body()).into();
+    statuses.into_iter().map(|(status, meaning)| (status.to_string(), response(meaning))).collect()
 }
 
 /// Builds the response for an error, with the request's id.

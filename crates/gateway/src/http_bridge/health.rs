@@ -56,6 +56,15 @@ pub(super) struct Version<'a> {
     version: &'a str,
 }
 
+/// Says what runs here. Some clients ask for it before anything else.
+#[utoipa::path(
+    get, path = "/", tag = "operations", operation_id = "root",
+    responses((status = 200, description = "A line for people", body = String, content_type = "text/plain")),
+)]
+pub(super) async fn root() -> &'static str {
+    "Tether is running\n"
+}
+
 /// Returns 200 while the gateway is alive.
 #[utoipa::path(get, path = "/healthz", tag = "operations", operation_id = "live", responses((status = 200, description = "Alive", body = Status)))]
 pub(super) async fn live() -> Response<Body> {

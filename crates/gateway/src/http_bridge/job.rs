@@ -16,7 +16,7 @@ use super::answer_body::AnswerBody;
 use super::errors::{self, text};
 use super::extract::{Bridge, context, token};
 use super::{repeats, request_body};
-use crate::answer::{Answer, EventId, StreamFormat};
+use crate::answer::{Answer, EventId, StreamFormat, Whole};
 use crate::class;
 use crate::config::seconds;
 use crate::job::Job;
@@ -118,6 +118,27 @@ pub(super) fn resumed(opening: Opening, last: Option<EventId>) -> Opening {
             }
         }
     })
+}
+
+/// Waits for the whole answer and builds its response.
+pub(super) async fn collect(
+    bridge: &Bridge,
+    opening: Opening,
+    response_headers: ResponseHeaders,
+    write: impl FnOnce(&Answer, &Whole) -> Result<Response<Body>, WireError>,
+) -> Response<Body> {
+    let collected = async {
+        let mut answer = opening.await?;
+        let whole = answer.collect().await?;
+        Ok((write(&answer, &whole)?, AnswerFacts::of(&answer)))
+    };
+    match collected.await {
+        Ok((mut response, facts)) => {
+            response_headers.add(bridge, response.headers_mut(), Some(&facts));
+            response
+        }
+        Err(error) => response_headers.failure(bridge, &error),
+    }
 }
 
 /// Builds the response of a stream. An error that arrives soon enough gets its own status.

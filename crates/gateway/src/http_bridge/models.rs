@@ -1,37 +1,79 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`.
 
-use axum::Json;
+use axum::body::Body;
 use axum::extract::State;
+use http::Response;
 use protocol::control::Scope;
+use utoipa::{IntoParams, ToSchema};
 
-use super::errors::ApiError;
+use super::dialect::Dialect;
+use super::errors::{self, ApiError, EitherError};
 use super::extract::{Bridge, Inquiry, Segment};
+use crate::anthropic::response::models::{ModelInfo, ModelPage};
 use crate::catalog;
 use crate::openai::response::models::{Model, ModelList};
+
+/// The header that chooses between two formats, for the API's description.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "only its description is used")]
+struct DialectHeader {
+    /// Makes the response one in Anthropic's format. Every client of Anthropic's API sends it.
+    #[param(rename = "anthropic-version")]
+    anthropic_version: Option<String>,
+}
+
+/// The models, in the format of the client's API.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only its description is used")]
+enum AnyModelList {
+    OpenAi(ModelList),
+    Anthropic(ModelPage<'static>),
+}
+
+/// A model, in the format of the client's API.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only its description is used")]
+enum AnyModel {
+    OpenAi(Box<Model>),
+    Anthropic(ModelInfo<'static>),
+}
 
 /// Lists the models that a worker serves and this API key may use.
 #[utoipa::path(
     get, path = "/v1/models", tag = "openai", operation_id = "listModels", security(("bearer" = [])),
-    responses((status = 200, description = "The models", body = ModelList), ApiError),
+    params(DialectHeader),
+    responses((status = 200, description = "The models", body = AnyModelList), EitherError),
 )]
-pub(super) async fn list(State(bridge): State<Bridge>, inquiry: Inquiry) -> Result<Json<ModelList>, ApiError> {
+pub(super) async fn list(
+    State(bridge): State<Bridge>,
+    dialect: Dialect,
+    inquiry: Inquiry,
+) -> Result<Response<Body>, ApiError> {
     let gateway = &bridge.gateway;
     let grant = gateway.authenticate(inquiry.token.as_deref(), inquiry.context.origin, Scope::Infer).await?;
     let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
-    Ok(Json(ModelList::served(&models, &fleet, &grant.policy)))
+    let list = ModelList::served(&models, &fleet, &grant.policy);
+    Ok(match dialect {
+        Dialect::OpenAi => errors::json(&list),
+        Dialect::Anthropic => errors::json(&ModelPage::of(&list)),
+    })
 }
 
 /// Returns one model of the list.
 #[utoipa::path(
     get, path = "/v1/models/{id}", tag = "openai", operation_id = "retrieveModel", security(("bearer" = [])),
-    params(("id" = String, Path, description = "`name` for the newest version, or `name@MAJOR.MINOR`")),
-    responses((status = 200, description = "The model", body = Model), ApiError),
+    params(("id" = String, Path, description = "`name` for the newest version, or `name@MAJOR.MINOR`"), DialectHeader),
+    responses((status = 200, description = "The model", body = AnyModel), EitherError),
 )]
 pub(super) async fn get(
     State(bridge): State<Bridge>,
     Segment(id): Segment,
+    dialect: Dialect,
     inquiry: Inquiry,
-) -> Result<Json<Model>, ApiError> {
+) -> Result<Response<Body>, ApiError> {
     let gateway = &bridge.gateway;
     let grant = gateway.authenticate(inquiry.token.as_deref(), inquiry.context.origin, Scope::Infer).await?;
     let named = catalog::parse_ref(&id)?;
@@ -46,5 +88,8 @@ pub(super) async fn get(
     if !model.is_served() {
         return Err(catalog::not_served(&id).into());
     }
-    Ok(Json(model))
+    Ok(match dialect {
+        Dialect::OpenAi => errors::json(&model),
+        Dialect::Anthropic => errors::json(&ModelInfo::of(&model)),
+    })
 }

@@ -5,9 +5,14 @@ use serde_json::{Map, Value};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
+use super::errors::EitherBody;
+use crate::anthropic::response::error as anthropic;
+
 #[derive(OpenApi)]
 #[openapi(
     info(title = "Tether", description = "One address for the models of a peer-to-peer network."),
+    // Responses refer to these by name.
+    components(schemas(anthropic::ErrorBody, EitherBody)),
     modifiers(&Bearer),
 )]
 pub(super) struct Document;

@@ -16,7 +16,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::extract::{Bridge, Inquiry, context};
-use super::{GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, models, openapi};
+use super::{
+    GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, messages, models, openapi,
+};
 
 /// The response headers that pages of other origins may read.
 const EXPOSED: [&str; 21] = [
@@ -63,6 +65,8 @@ fn routes() -> OpenApiRouter<Bridge> {
         .routes(routes!(input_tokens::count))
         .routes(routes!(completions::create))
         .routes(routes!(embeddings::create))
+        .routes(routes!(messages::create))
+        .routes(routes!(messages::count))
         .routes(routes!(models::list))
         .routes(routes!(models::get))
         .routes(routes!(infer::create))
@@ -94,6 +98,7 @@ fn routes() -> OpenApiRouter<Bridge> {
         .routes(routes!(admin::adapters::remove))
         .layer(middleware::from_fn(name_request));
     let operations = OpenApiRouter::new()
+        .routes(routes!(health::root))
         .routes(routes!(health::live))
         .routes(routes!(health::alias))
         .routes(routes!(health::prove))
@@ -211,8 +216,7 @@ mod tests {
         // A router reveals its paths only in its debug output, together with those of its fallback.
         let printed = format!("{:?}", Router::from(routes()));
         let paths = printed.split('"').filter(|text| text.starts_with('/'));
-        let routed: BTreeSet<&str> =
-            paths.filter(|path| !["/", "/{*__private__axum_fallback}"].contains(path)).collect();
+        let routed: BTreeSet<&str> = paths.filter(|path| *path != "/{*__private__axum_fallback}").collect();
         let document = build();
         let described: BTreeSet<&str> =
             document["paths"].as_object().expect("paths").keys().map(String::as_str).collect();
@@ -272,7 +276,7 @@ mod tests {
         for path in ["/chat/completions", "/v1/v1/chat/completions"] {
             assert!(nothing_under(path).contains("the path is /v1/chat/completions:"), "{path}");
         }
-        for path in ["/", "/v1", "/v1/chat", "/v1/completion"] {
+        for path in ["/v1", "/v1/chat", "/v1/completion"] {
             assert!(nothing_under(path).contains("/openapi.json"), "{path}");
         }
     }

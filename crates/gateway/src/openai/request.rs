@@ -10,8 +10,6 @@ mod texts;
 mod tools;
 
 use protocol::WireError;
-use protocol::infer::Input;
-use protocol::model::ModelRef;
 
 use crate::job::Job;
 use crate::json_body::{read, refuse_unless};
@@ -52,22 +50,6 @@ pub fn parse_completion(bytes: &[u8]) -> Result<Generation, WireError> {
     let own = body.text_input()?;
     refuse_unless(body.messages.is_none(), "messages")?;
     body.generation(model, name, own)
-}
-
-/// Creates a job. OpenAI clients cannot set its other fields.
-fn job(model: ModelRef, input: Input) -> Job {
-    Job {
-        model,
-        input,
-        tenant_id: None,
-        correlation_id: None,
-        retry_token: None,
-        trace_id: None,
-        linger: None,
-        keeps_answer: false,
-        class: None,
-        deadline: None,
-    }
 }
 
 #[cfg(test)]

@@ -62,8 +62,7 @@ impl Heading {
 
     /// Returns the model as the response names it: as the client did, unless another one runs the job.
     fn model(&self, answer: &Answer) -> String {
-        let other = answer.degraded().and_then(|degraded| degraded.model.as_ref());
-        other.map_or_else(|| self.model.clone(), |model| model.model_id.to_string())
+        answer.model_name(&self.model)
     }
 
     /// Returns when the answer was created. A replayed one is as old as the first.

@@ -533,6 +533,17 @@ impl Fake {
                     reply.send(&codec::encode(&chunk)).await?;
                 }
             }
+            "stopped" => {
+                reply.send(&codec::encode(&chunk(0, "Hel"))).await?;
+                let mut end = last(1);
+                end.payload.stop_sequence = Some("END".into());
+                reply.send(&codec::encode(&end)).await?;
+            }
+            "count" => {
+                let mut end = last(0);
+                end.payload.input_tokens = Some(7);
+                reply.send(&codec::encode(&end)).await?;
+            }
             "likely" => {
                 let token = |text: &str, top: Vec<TokenLogprob>| {
                     let bytes = text.as_bytes().to_vec();

@@ -9,6 +9,7 @@ mod embeddings;
 mod fake;
 mod framing;
 mod membership;
+mod messages;
 mod refusals;
 mod repeats;
 mod rpc_clients;

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use protocol::AdapterName;
+use protocol::WireError;
 use protocol::infer::{Input, OutputFormat, ToolChoice};
 use protocol::keep_alive::KeepAlive;
 use protocol::model::ModelRef;
-use protocol::{ErrorCode, WireError};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::{Map, Value};
 use utoipa::openapi::{RefOr, Schema};
@@ -17,7 +17,7 @@ use super::format::{self, ResponseFormat, StructuredOutputs};
 use super::message::{ChatMessage, Prediction};
 use super::texts::{Stop, Texts};
 use super::tools::{OfferedTool, tool_choice, tools};
-use super::{COMPLETION_TOKENS, Generation, job};
+use super::{COMPLETION_TOKENS, Generation};
 use crate::catalog;
 use crate::class;
 use crate::job::Job;
@@ -311,7 +311,7 @@ impl Body {
     }
 
     pub(super) fn model(&self) -> Result<(ModelRef, String), WireError> {
-        named_model(self.model.as_deref())
+        catalog::parse_named(self.model.as_deref())
     }
 
     /// Converts the fields that only chat completions have.
@@ -474,7 +474,7 @@ impl Body {
         let include_usage = self.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
         let class = self.service_tier.as_deref().map(class::of_tier).transpose()?;
         let names_tier = class.is_some();
-        let job = Job { class: class.flatten(), ..job(model, input) };
+        let job = Job { class: class.flatten(), ..Job::new(model, input) };
         Ok(Generation { job, model: name, stream, include_usage, names_tier })
     }
 }
@@ -488,16 +488,6 @@ fn biases(given: BTreeMap<String, f32>) -> Result<BTreeMap<u32, f32>, WireError>
         }
     };
     given.into_iter().map(read).collect()
-}
-
-/// Parses the model's name, which is required.
-pub(super) fn named_model(name: Option<&str>) -> Result<(ModelRef, String), WireError> {
-    let name = name.unwrap_or_default();
-    if name.is_empty() {
-        let message = "model is missing; GET /v1/models lists those that can be named";
-        return Err(WireError::new(ErrorCode::MissingModel, message).with_param("model"));
-    }
-    Ok((catalog::parse_ref(name)?, name.to_owned()))
 }
 
 /// Parses a seed: any 64-bit integer. Negative ones are reinterpreted as unsigned.

@@ -6,9 +6,8 @@ use protocol::{AdapterName, WireError};
 use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::body::named_model;
-use super::job;
 use super::texts::Texts;
+use crate::catalog;
 use crate::class;
 use crate::job::Job;
 use crate::json_body::{missing, read};
@@ -64,7 +63,7 @@ pub(crate) struct EmbeddingRequest {
 pub fn parse_embeddings(bytes: &[u8]) -> Result<Vectors, WireError> {
     let EmbeddingRequest { model, input, adapter, encoding_format, dimensions, keep_alive, service_tier } =
         read(bytes)?;
-    let (model, name) = named_model(model.as_deref())?;
+    let (model, name) = catalog::parse_named(model.as_deref())?;
     let texts = input.ok_or_else(|| missing("input"))?.0;
     let input = Input {
         embed: Some(texts),
@@ -75,7 +74,11 @@ pub fn parse_embeddings(bytes: &[u8]) -> Result<Vectors, WireError> {
     };
     input.check().map_err(|invalid| under_its_name(invalid.into()))?;
     let class = service_tier.as_deref().map(class::of_tier).transpose()?.flatten();
-    Ok(Vectors { job: Job { class, ..job(model, input) }, model: name, encoding: encoding_format.unwrap_or_default() })
+    Ok(Vectors {
+        job: Job { class, ..Job::new(model, input) },
+        model: name,
+        encoding: encoding_format.unwrap_or_default(),
+    })
 }
 
 /// Renames the field `embed` in an error to OpenAI's `input`.

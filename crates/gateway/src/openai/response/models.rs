@@ -97,6 +97,10 @@ impl ModelList {
         Self::of(models, fleet, |_| true)
     }
 
+    pub(crate) fn models(&self) -> &[Model] {
+        &self.data
+    }
+
     fn of(models: &Models, fleet: &Fleet, may_see: impl Fn(&ModelEntry) -> bool) -> Self {
         let seen = models.all().into_iter().filter(|entry| may_see(entry));
         let data = seen.flat_map(|entry| {
@@ -129,6 +133,19 @@ impl Model {
             [(target, _)] if target == name => described.pop().map(|(_, model)| model),
             _ => Self::shared(name.to_string(), described),
         }
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Returns the time of registration, in seconds since 1970.
+    pub(crate) fn created(&self) -> u64 {
+        self.created
+    }
+
+    pub(crate) fn context_length(&self) -> u32 {
+        self.context_length
     }
 
     /// Returns whether a worker takes jobs for this model.
