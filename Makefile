@@ -122,4 +122,4 @@ fuzz: ## Fuzzes every decoder of untrusted bytes (FUZZ_SECONDS=300 each)
 
 clean: ## Removes build outputs and installed packages
 	cargo clean
-	rm -rf interop/.venv* interop/node/node_modules interop/hyperswarm/node_modules clients/js/node_modules fuzz/artifacts
+	rm -rf interop/.venv* interop/node/node_modules interop/agents/node_modules interop/hyperswarm/node_modules clients/js/node_modules fuzz/artifacts
