@@ -473,6 +473,8 @@ impl Gateway {
             acknowledges: true,
             linger_ms: job.linger.map(|linger| linger.as_millis() as u64),
             keeps_answer: job.keeps_answer,
+            note: None,
+            detached: false,
         })
     }
 

@@ -62,6 +62,7 @@ async fn client_loop(store: Arc<SqliteStore>, client: u16, end: Instant) -> Vec<
         times.push(started.elapsed());
         let settlement = Settlement {
             answer: None,
+            note: None,
             key,
             attempt: 1,
             worker_id,

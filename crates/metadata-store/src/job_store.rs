@@ -13,7 +13,7 @@ use protocol::model::ModelKey;
 use protocol::presence::HighWater;
 use protocol::quota::{QuotaLimits, QuotaRefusal, QuotaUsage};
 use protocol::usage::TokenUsage;
-use protocol::{CorrelationId, ErrorCode, Region, RetryToken, TenantId, TraceId, UnixMillis, WorkerId};
+use protocol::{CorrelationId, ErrorCode, Region, RetryToken, TenantId, TraceId, UnixMillis, WireError, WorkerId};
 
 use crate::store::{Store, StoreError};
 
@@ -61,6 +61,27 @@ pub trait JobStore: Store {
     /// Removes up to `limit` answers that have expired. If the rest has more than `bytes_max` bytes together, it also
     /// removes of the tenant that has most then, always the answer that would expire next. Returns how many it removed.
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError>;
+
+    /// Keeps a note with a job that is about to run. It replaces the one that the job may have.
+    async fn keep_note(&self, note: NewNote) -> Result<(), StoreError>;
+
+    /// Returns the note of a tenant's job, if it is kept and has not expired.
+    async fn note(
+        &self,
+        tenant_id: &TenantId,
+        id: CorrelationId,
+        now: UnixMillis,
+    ) -> Result<Option<KeptNote>, StoreError>;
+
+    /// Records with a job's note, if it has one, why the job came to no answer. The first reason stays.
+    async fn fail_note(&self, key: &JobKey, error: WireError) -> Result<(), StoreError>;
+
+    /// Removes the note of a tenant's job, and the job's answer. Returns whether there was one.
+    async fn remove_note(&self, tenant_id: &TenantId, id: CorrelationId) -> Result<bool, StoreError>;
+
+    /// Removes notes as [`Self::prune_answers`] removes answers.
+    async fn prune_notes(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError>;
+
     /// Returns the newest jobs of a request; at most [`protocol::jobs::PAGE_MAX`].
     async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobRecord>, StoreError>;
 
@@ -195,6 +216,8 @@ pub struct Settlement {
     /// Whether it is billed no more than it holds, because its tenant's tokens are limited.
     pub is_bounded: bool,
     pub answer: Option<SealedAnswer>,
+    /// The note to keep with the answer.
+    pub note: Option<NewNote>,
     pub now: UnixMillis,
     /// The attempts that have ended.
     pub history: Vec<AttemptRecord>,
@@ -236,6 +259,31 @@ impl fmt::Debug for SealedAnswer {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{} bytes until {}", self.sealed.len(), self.expires_at.0)
     }
+}
+
+/// A note to keep with a job: what its gateway needs to answer for it later.
+#[derive(Clone)]
+pub struct NewNote {
+    pub key: JobKey,
+    pub sealed: Arc<[u8]>,
+    pub created_at: UnixMillis,
+    pub expires_at: UnixMillis,
+}
+
+impl fmt::Debug for NewNote {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "note of {} bytes until {}", self.sealed.len(), self.expires_at.0)
+    }
+}
+
+/// A note that is kept with a job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KeptNote {
+    pub key: JobKey,
+    pub created_at: UnixMillis,
+    pub sealed: Vec<u8>,
+    /// Why the job came to no answer.
+    pub error: Option<WireError>,
 }
 
 /// Outcome of a settlement.

@@ -9,9 +9,9 @@ mod sqlite;
 mod store;
 
 pub use job_store::{
-    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, Lease, NewDeadLetter, NewJob,
-    ReassignError, Reassignment, RecordPage, ReserveError, Reserved, SealedAnswer, SealedPayload, Settlement,
-    TerminalState, UsageCursor, UsageRecord,
+    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, KeptNote, Lease, NewDeadLetter,
+    NewJob, NewNote, ReassignError, Reassignment, RecordPage, ReserveError, Reserved, SealedAnswer, SealedPayload,
+    Settlement, TerminalState, UsageCursor, UsageRecord,
 };
 pub use registry_store::{
     InviteRecord, InviteRedemption, NewCertificate, NodeRecord, PutAdapterError, PutInviteError, PutModelError,

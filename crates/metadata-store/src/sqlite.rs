@@ -12,6 +12,7 @@ mod job_store;
 mod jobs;
 mod membership;
 mod models;
+mod notes;
 mod open;
 mod policies;
 mod presence;

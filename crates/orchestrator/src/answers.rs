@@ -177,6 +177,21 @@ impl Answers {
         }
     }
 
+    /// Returns a reader of a job's answer, if it runs or has ended lately.
+    pub(crate) fn reader(&self, key: &JobKey) -> Option<Reader> {
+        self.answers.lock().get(key).map(|shared| Reader::new(shared.clone(), false))
+    }
+
+    /// Returns whether a job runs or has ended lately.
+    pub(crate) fn has(&self, key: &JobKey) -> bool {
+        self.answers.lock().contains_key(key)
+    }
+
+    /// Forgets an answer. Those who read it go on.
+    pub(crate) fn remove(&self, key: &JobKey) {
+        self.answers.lock().retain(|known, shared| known != key || shared.state.borrow().end.is_none());
+    }
+
     /// Drops old answers until `stop` is cancelled.
     pub(crate) async fn run(&self, stop: CancellationToken) {
         let mut ticks = time::interval(STAYS / 6);

@@ -54,8 +54,8 @@ enum State {
     /// Any number of calls read the answer.
     Shared {
         writer: Writer,
-        /// How long the job goes on when nobody reads.
-        linger: Duration,
+        /// How long the job goes on when nobody reads; `None` if it needs no reader.
+        linger: Option<Duration>,
         /// Whether the answer is also stored.
         is_stored: bool,
     },
@@ -71,7 +71,7 @@ impl Delivery {
     }
 
     /// Makes a delivery to the calls that read a shared answer.
-    pub(crate) fn shared(writer: Writer, linger: Duration, is_stored: bool, stall: Duration) -> Self {
+    pub(crate) fn shared(writer: Writer, linger: Option<Duration>, is_stored: bool, stall: Duration) -> Self {
         let state = State::Shared { writer, linger, is_stored };
         Self { state, stall, has_begun: false, is_complete: false, receipts: None, notice: None }
     }
@@ -104,6 +104,14 @@ impl Delivery {
     pub(crate) fn begin(&self, origin: Origin) {
         if let State::Shared { writer, .. } = &self.state {
             writer.begin(origin);
+        }
+    }
+
+    /// Returns when a shared answer began.
+    pub(crate) fn created_at(&self) -> Option<UnixMillis> {
+        match &self.state {
+            State::Shared { writer, .. } => writer.created_at(),
+            State::Waiting(_) | State::Streaming(_) | State::Gone => None,
         }
     }
 
@@ -203,7 +211,8 @@ impl Delivery {
         match &mut self.state {
             State::Waiting(call) => call.cancelled().await,
             State::Streaming(reply) => reply.cancelled().await,
-            State::Shared { writer, linger, .. } => writer.abandoned(*linger).await,
+            State::Shared { writer, linger: Some(linger), .. } => writer.abandoned(*linger).await,
+            State::Shared { linger: None, .. } => std::future::pending().await,
             State::Gone => {}
         }
     }

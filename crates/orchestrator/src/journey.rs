@@ -156,6 +156,8 @@ pub struct Journey {
     hedges: Vec<AttemptDecision>,
     /// The attempts that have ended.
     history: Vec<AttemptRecord>,
+    /// What is kept with the answer.
+    pub late_note: Option<String>,
 }
 
 impl Journey {
@@ -170,7 +172,7 @@ impl Journey {
         // Workers need neither the fingerprint nor acknowledgements, and only this orchestrator knows what was
         // delivered.
         (request.fingerprint, request.acknowledges, request.delivered) = (None, false, None);
-        (request.linger_ms, request.keeps_answer) = (None, false);
+        (request.linger_ms, request.keeps_answer, request.note, request.detached) = (None, false, None, false);
         let mut models = vec![request.model()];
         for model in std::mem::take(&mut request.alternatives).into_iter().take(ALTERNATIVES_MAX) {
             if !models.contains(&model) {
@@ -228,6 +230,7 @@ impl Journey {
             attempts: vec![],
             hedges: vec![],
             history: vec![],
+            late_note: None,
             request,
         }
     }

@@ -74,7 +74,7 @@ impl Orchestrator {
     ) -> Result<JobsCancelled, WireError> {
         self.operators.check(&operation.token).await?;
         let id = operation.request.correlation_id;
-        let cancelled = self.running.cancel(id);
+        let cancelled = self.running.cancel(id, None);
         if cancelled.is_empty() {
             return Ok(JobsCancelled::default());
         }

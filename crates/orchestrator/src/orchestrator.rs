@@ -1,6 +1,7 @@
 //! The orchestrator service: takes each job from submission to settlement.
 
 mod hedging;
+mod kept;
 mod repeats;
 mod waiting;
 
@@ -22,6 +23,7 @@ use protocol::infer::{InferRequest, SUBMIT};
 use protocol::jobs::{
     DEAD_LETTER_LIST, DEAD_LETTER_PURGE, DEAD_LETTER_RELEASE, DEAD_LETTER_SHOW, JOB_CANCEL, JOB_LIST, JOB_SHOW,
 };
+use protocol::kept::{KEPT_CANCEL, KEPT_READ, KEPT_REMOVE, KEPT_SHOW};
 use protocol::membership::Exclusion;
 use protocol::model::ModelKey;
 use protocol::presence::Rejection;
@@ -525,6 +527,10 @@ impl Orchestrator {
             Some(reservation) => {
                 if let AttemptEnd::Complete { last_chunk, .. } = &end {
                     ending.answer = self.sealed(&reservation.key, delivery, last_chunk).await;
+                    if let Some(note) = journey.late_note.take().filter(|_| ending.answer.is_some()) {
+                        let created_at = delivery.created_at().unwrap_or_else(|| reservation.now());
+                        ending.note = self.sealed_note(&reservation.key, note, created_at).await;
+                    }
                 }
                 reservation.finalise(ending).await
             }
@@ -702,16 +708,17 @@ impl Orchestrator {
 
     /// Decodes a submitted job, runs it and responds to the call.
     async fn take_job(self: Arc<Self>, call: StreamCall) {
-        let request: InferRequest = match codec::decode(&call.body) {
+        let mut request: InferRequest = match codec::decode(&call.body) {
             Ok(request) => request,
             Err(error) => return call.refuse(error.into()).await,
         };
         let fingerprint = request.fingerprint.unwrap_or_else(|| Digest::of(&call.body)).0;
         let deadline = call.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(self.config.deadline_secs));
         let stall = Duration::from_secs(self.config.caller_stall_secs);
-        let prompt_tokens = waiting::prompt_tokens(call.body.len());
+        let note_bytes = request.note.as_ref().map_or(0, String::len);
+        let prompt_tokens = waiting::prompt_tokens(call.body.len().saturating_sub(note_bytes));
         let mut delivery = Delivery::new(call, stall, request.acknowledges);
-        let repeatable = Repeatable::of(&request);
+        let repeatable = Repeatable::of(&mut request);
         let running = self.running.enter(key_of(&request));
         let mut journey = Journey::new(request, fingerprint, deadline, running);
         journey.prompt_tokens = prompt_tokens;
@@ -900,6 +907,10 @@ impl Orchestrator {
         server
             .with_state(self.clone())
             .stream(SUBMIT, gateway(), Self::take_job)
+            .stream(KEPT_READ, gateway(), Self::read_kept)
+            .unary(KEPT_SHOW, gateway(), Self::show_kept)
+            .unary(KEPT_CANCEL, gateway(), Self::cancel_kept)
+            .unary(KEPT_REMOVE, gateway(), Self::remove_kept)
             .unary(FLEET_LIST, gateway(), Self::list_fleet)
             .unary(JOB_EXPLAIN, gateway(), Self::explain)
             .unary(MODEL_MOVE, gateway(), Self::move_for_gateway)

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metadata_store::{
-    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, Lease, NewDeadLetter, NewJob, ReassignError,
-    Reassignment, ReserveError, Reserved, SealedAnswer, Settlement, StoreError, TerminalState,
+    FinaliseError, Finalised, JobError, JobKey, JobRecord, JobStore, KeptNote, Lease, NewDeadLetter, NewJob, NewNote,
+    ReassignError, Reassignment, ReserveError, Reserved, SealedAnswer, Settlement, StoreError, TerminalState,
 };
 use parking_lot::Mutex;
 use protocol::infer::{FinishReason, InferRequest};
@@ -110,6 +110,8 @@ pub struct Ending {
     pub error: Option<WireError>,
     /// The answer to keep for repeats of the request.
     pub answer: Option<SealedAnswer>,
+    /// The note to keep with the answer.
+    pub note: Option<NewNote>,
     /// The attempts that have ended.
     pub history: Vec<AttemptRecord>,
     /// How often another worker continued the answer.
@@ -148,6 +150,7 @@ impl Ending {
             continued: 0,
             dead_letter: None,
             answer: None,
+            note: None,
         }
     }
 
@@ -286,11 +289,28 @@ impl ReservationManager {
         self.store.answer(key, self.now()).await.map_err(|error| store_error(&error))
     }
 
-    /// Removes kept answers that have expired or are too many, until `stop` is cancelled.
+    pub(crate) async fn keep_note(&self, note: NewNote) -> Result<(), WireError> {
+        self.store.keep_note(note).await.map_err(|error| store_error(&error))
+    }
+
+    pub(crate) async fn note(&self, tenant_id: &TenantId, id: CorrelationId) -> Result<Option<KeptNote>, WireError> {
+        self.store.note(tenant_id, id, self.now()).await.map_err(|error| store_error(&error))
+    }
+
+    pub(crate) async fn fail_note(&self, key: &JobKey, error: WireError) -> Result<(), WireError> {
+        self.store.fail_note(key, error).await.map_err(|error| store_error(&error))
+    }
+
+    pub(crate) async fn remove_note(&self, tenant_id: &TenantId, id: CorrelationId) -> Result<bool, WireError> {
+        self.store.remove_note(tenant_id, id).await.map_err(|error| store_error(&error))
+    }
+
+    /// Removes kept answers and notes that have expired or are too many, until `stop` is cancelled.
     pub(crate) async fn prune_answers(&self, bytes_max: u64, stop: CancellationToken) {
         let mut ticks = time::interval(PRUNE_EVERY);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
             while let Ok(PRUNED_AT_ONCE..) = self.store.prune_answers(self.now(), bytes_max, PRUNED_AT_ONCE).await {}
+            while let Ok(PRUNED_AT_ONCE..) = self.store.prune_notes(self.now(), bytes_max, PRUNED_AT_ONCE).await {}
         }
     }
 
@@ -429,6 +449,7 @@ impl Reservation {
             usage: ending.usage,
             is_bounded: self.is_bounded,
             answer: ending.answer,
+            note: ending.note,
             now: self.manager.clock.now(),
             history: ending.history,
             continued: ending.continued,

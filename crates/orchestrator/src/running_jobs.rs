@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use metadata_store::JobKey;
 use parking_lot::Mutex;
-use protocol::CorrelationId;
+use protocol::{CorrelationId, TenantId};
 use tokio_util::sync::CancellationToken;
 
 /// The jobs of one orchestrator.
@@ -36,9 +36,10 @@ impl RunningJobs {
         RunningJob { jobs: self.clone(), signals }
     }
 
-    /// Cancels the jobs of a request, and returns them.
-    pub(crate) fn cancel(&self, id: CorrelationId) -> Vec<Arc<Signals>> {
-        let jobs = self.0.lock().get(&id).cloned().unwrap_or_default();
+    /// Cancels the jobs of a request, or those of one tenant, and returns them.
+    pub(crate) fn cancel(&self, id: CorrelationId, tenant: Option<&TenantId>) -> Vec<Arc<Signals>> {
+        let mut jobs = self.0.lock().get(&id).cloned().unwrap_or_default();
+        jobs.retain(|job| tenant.is_none_or(|tenant| *tenant == job.key.tenant_id));
         for job in &jobs {
             job.cancelled.cancel();
         }
@@ -99,15 +100,17 @@ mod tests {
         let (one, two, other) = (jobs.enter(key(1, "a")), jobs.enter(key(1, "b")), jobs.enter(key(2, "a")));
         two.reserved();
         drop(one);
-        let cancelled = jobs.cancel(CorrelationId(uuid::Uuid::from_u128(1)));
+        let cancelled = jobs.cancel(CorrelationId(uuid::Uuid::from_u128(1)), None);
         assert_eq!(
             cancelled.iter().map(|job| (job.key.clone(), job.has_worker())).collect::<Vec<_>>(),
             [(key(1, "b"), true)]
         );
         assert!(two.cancelled().is_cancelled() && !other.cancelled().is_cancelled());
+        let (of_other, stranger) = (CorrelationId(uuid::Uuid::from_u128(2)), "stranger".parse().expect("a tenant"));
+        assert!(jobs.cancel(of_other, Some(&stranger)).is_empty() && !other.cancelled().is_cancelled());
         drop(two);
         cancelled[0].ended().await;
-        assert!(jobs.cancel(CorrelationId(uuid::Uuid::from_u128(1))).is_empty());
+        assert!(jobs.cancel(CorrelationId(uuid::Uuid::from_u128(1)), None).is_empty());
         drop(other);
         assert!(jobs.0.lock().is_empty(), "nothing is kept of jobs that have ended");
     }

@@ -84,6 +84,12 @@ pub struct InferRequest {
     /// Whether the answer is stored as well, for repeats much later and after a restart.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keeps_answer: bool,
+    /// What the gateway needs to answer for the job later. It is kept with the answer, encrypted. Workers get none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+    /// Whether the job runs to its end even if nobody reads its answer. Allowed with `note`; workers get none.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub detached: bool,
 }
 
 impl InferRequest {
@@ -116,6 +122,8 @@ impl InferRequest {
             acknowledges: false,
             linger_ms: None,
             keeps_answer: false,
+            note: None,
+            detached: false,
         }
     }
 }

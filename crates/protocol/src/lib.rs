@@ -16,6 +16,7 @@ pub mod id;
 pub mod infer;
 pub mod jobs;
 pub mod keep_alive;
+pub mod kept;
 pub mod membership;
 pub mod model;
 pub mod policy;

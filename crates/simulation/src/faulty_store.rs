@@ -6,14 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use metadata_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, JobStore, Lease, NewJob, ReassignError, Reassignment, RecordPage,
-    ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, UsageCursor, UsageRecord,
+    FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote, ReassignError,
+    Reassignment, RecordPage, ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, UsageCursor,
+    UsageRecord,
 };
 use parking_lot::Mutex;
 use protocol::jobs::{DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JobQuery};
 use protocol::presence::HighWater;
 use protocol::quota::QuotaUsage;
-use protocol::{CorrelationId, TenantId, UnixMillis, WorkerId};
+use protocol::{CorrelationId, TenantId, UnixMillis, WireError, WorkerId};
 
 use crate::findings::Findings;
 
@@ -187,6 +188,31 @@ impl JobStore for FaultyStore {
 
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> {
         self.write(self.disk.store.prune_answers(now, bytes_max, limit)).await
+    }
+
+    async fn keep_note(&self, note: NewNote) -> Result<(), StoreError> {
+        self.write(self.disk.store.keep_note(note)).await
+    }
+
+    async fn note(
+        &self,
+        tenant: &TenantId,
+        id: CorrelationId,
+        now: UnixMillis,
+    ) -> Result<Option<KeptNote>, StoreError> {
+        self.read(self.disk.store.note(tenant, id, now)).await
+    }
+
+    async fn fail_note(&self, key: &JobKey, error: WireError) -> Result<(), StoreError> {
+        self.write(self.disk.store.fail_note(key, error)).await
+    }
+
+    async fn remove_note(&self, tenant: &TenantId, id: CorrelationId) -> Result<bool, StoreError> {
+        self.write(self.disk.store.remove_note(tenant, id)).await
+    }
+
+    async fn prune_notes(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> {
+        self.write(self.disk.store.prune_notes(now, bytes_max, limit)).await
     }
 
     async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobRecord>, StoreError> {

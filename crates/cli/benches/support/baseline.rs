@@ -86,6 +86,7 @@ pub(crate) async fn two_commits(store: &dyn JobStore, number: u128) -> (Duration
     let reserved = began.elapsed();
     let settlement = Settlement {
         answer: None,
+        note: None,
         key,
         attempt: 1,
         worker_id,

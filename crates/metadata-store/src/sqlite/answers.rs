@@ -55,7 +55,7 @@ pub(super) fn victims(connection: &Connection, bytes_max: u64, limit: u32) -> ru
             "SELECT answers.job_id, tenant_id, length(sealed) FROM answers JOIN jobs ON jobs.job_id = answers.job_id
              ORDER BY expires_at, answers.job_id",
         )?
-        .query_map((), |row| Ok(Kept { job_id: row.get(0)?, tenant_id: row.get(1)?, bytes: row.get(2)? }))?
+        .query_map((), |row| Ok(Kept { id: row.get(0)?, tenant_id: row.get(1)?, bytes: row.get(2)? }))?
         .collect::<rusqlite::Result<_>>()?;
     Ok(choose(kept, excess, limit as usize))
 }
@@ -69,29 +69,30 @@ pub(super) fn remove(connection: &Connection, jobs: &[i64]) -> rusqlite::Result<
     Ok(removed as u32)
 }
 
-struct Kept {
-    job_id: i64,
-    tenant_id: String,
-    bytes: i64,
+/// What takes room in the store.
+pub(super) struct Kept {
+    pub(super) id: i64,
+    pub(super) tenant_id: String,
+    pub(super) bytes: i64,
 }
 
-/// Chooses answers of together at least `excess` bytes, but at most `limit`: always the first of the tenant that has
+/// Chooses items of together at least `excess` bytes, but at most `limit`: always the first of the tenant that has
 /// most then.
-fn choose(kept: Vec<Kept>, excess: i64, limit: usize) -> Vec<i64> {
+pub(super) fn choose(kept: Vec<Kept>, excess: i64, limit: usize) -> Vec<i64> {
     let mut tenants = HashMap::<String, (i64, VecDeque<(i64, i64)>)>::new();
-    for Kept { job_id, tenant_id, bytes } in kept {
-        let (total, answers) = tenants.entry(tenant_id).or_default();
+    for Kept { id, tenant_id, bytes } in kept {
+        let (total, items) = tenants.entry(tenant_id).or_default();
         *total += bytes;
-        answers.push_back((job_id, bytes));
+        items.push_back((id, bytes));
     }
     let mut by_total: BinaryHeap<(i64, VecDeque<(i64, i64)>)> = tenants.into_values().collect();
     let (mut chosen, mut freed) = (vec![], 0);
     while freed < excess && chosen.len() < limit {
-        let Some((total, mut answers)) = by_total.pop() else { break };
-        if let Some((job_id, bytes)) = answers.pop_front() {
-            chosen.push(job_id);
+        let Some((total, mut items)) = by_total.pop() else { break };
+        if let Some((id, bytes)) = items.pop_front() {
+            chosen.push(id);
             freed += bytes;
-            by_total.push((total - bytes, answers));
+            by_total.push((total - bytes, items));
         }
     }
     chosen
@@ -103,7 +104,7 @@ mod tests {
 
     #[test]
     fn the_tenant_that_has_most_gives_way_first() {
-        let kept = |job_id, tenant: &str, bytes| Kept { job_id, tenant_id: tenant.to_owned(), bytes };
+        let kept = |id, tenant: &str, bytes| Kept { id, tenant_id: tenant.to_owned(), bytes };
         let all = || {
             vec![kept(1, "small", 10), kept(2, "big", 30), kept(3, "big", 30), kept(4, "small", 10), kept(5, "big", 5)]
         };

@@ -4,12 +4,12 @@ use async_trait::async_trait;
 use protocol::jobs::{DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JobQuery};
 use protocol::presence::HighWater;
 use protocol::quota::QuotaUsage;
-use protocol::{CorrelationId, TenantId, UnixMillis, WorkerId};
+use protocol::{CorrelationId, TenantId, UnixMillis, WireError, WorkerId};
 
-use super::{SqliteStore, answers, dead_letters, jobs, presence, quotas, reservations, usage};
+use super::{SqliteStore, answers, dead_letters, jobs, notes, presence, quotas, reservations, usage};
 use crate::job_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, JobStore, Lease, NewJob, ReassignError, Reassignment, RecordPage,
-    ReserveError, Reserved, Settlement, UsageCursor, UsageRecord,
+    FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote, ReassignError,
+    Reassignment, RecordPage, ReserveError, Reserved, Settlement, UsageCursor, UsageRecord,
 };
 use crate::store::StoreError;
 
@@ -63,6 +63,40 @@ impl JobStore for SqliteStore {
             return Ok(expired);
         }
         Ok(expired + self.write(move |connection| answers::remove(connection, &victims)).await?)
+    }
+
+    async fn keep_note(&self, note: NewNote) -> Result<(), StoreError> {
+        self.write(move |connection| notes::keep(connection, &note)).await
+    }
+
+    async fn note(
+        &self,
+        tenant_id: &TenantId,
+        id: CorrelationId,
+        now: UnixMillis,
+    ) -> Result<Option<KeptNote>, StoreError> {
+        let tenant_id = tenant_id.clone();
+        self.read(move |connection| notes::find(connection, &tenant_id, id, now)).await
+    }
+
+    async fn fail_note(&self, key: &JobKey, error: WireError) -> Result<(), StoreError> {
+        let key = key.clone();
+        self.write(move |connection| notes::fail(connection, &key, &error)).await
+    }
+
+    async fn remove_note(&self, tenant_id: &TenantId, id: CorrelationId) -> Result<bool, StoreError> {
+        let tenant_id = tenant_id.clone();
+        self.write(move |connection| notes::remove(connection, &tenant_id, id)).await
+    }
+
+    async fn prune_notes(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> {
+        let expired = self.write(move |connection| notes::remove_expired(connection, now, limit)).await?;
+        let left = limit.saturating_sub(expired);
+        let victims = self.read(move |connection| notes::victims(connection, bytes_max, left)).await?;
+        if victims.is_empty() {
+            return Ok(expired);
+        }
+        Ok(expired + self.write(move |connection| notes::remove_all(connection, &victims)).await?)
     }
 
     async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobRecord>, StoreError> {

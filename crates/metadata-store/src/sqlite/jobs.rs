@@ -7,7 +7,7 @@ use protocol::{CorrelationId, ModelName, PublicKey, TenantId, TraceId, UnixMilli
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::row::{self, integer};
-use super::{answers, dead_letters, reservations, usage};
+use super::{answers, dead_letters, notes, reservations, usage};
 use crate::fencing::{self, Standing};
 use crate::job_store::{
     DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, RecordPage, Settlement, TerminalState,
@@ -157,6 +157,9 @@ pub(super) fn finalise(
     }
     if let Some(answer) = answer {
         answers::keep(connection, job_id, answer)?;
+    }
+    if let Some(note) = &settlement.note {
+        notes::keep(connection, note)?;
     }
     if let Some(letter) = &settlement.dead_letter {
         dead_letters::write(connection, job_id, letter)?;

@@ -44,6 +44,8 @@ macro_rules! job_store_conforms {
             jobs: an_answer_is_kept_with_its_settlement_and_no_other,
             jobs: answers_are_pruned_by_age_and_by_bytes,
             jobs: answers_of_the_tenant_that_has_most_give_way_first,
+            jobs: a_note_is_kept_before_its_job_or_with_its_answer_and_removed_with_it,
+            jobs: notes_are_pruned_by_age_and_by_bytes,
             jobs: a_job_nobody_wrote_is_not_found,
             jobs: a_lease_that_ran_out_fails_its_job_and_frees_the_slot,
             jobs: a_renewed_lease_lives_on_and_is_never_shortened,

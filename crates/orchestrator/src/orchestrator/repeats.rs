@@ -6,7 +6,7 @@ use bytes::Bytes;
 use metadata_store::{DurableState, JobKey, SealedAnswer, TerminalState};
 use protocol::infer::{Degraded, InferChunk, InferRequest, Origin, Payload, Progress};
 use protocol::usage::TokenUsage;
-use protocol::{ErrorCode, UnixMillis, WireError, codec};
+use protocol::{CorrelationId, ErrorCode, UnixMillis, WireError, codec};
 use tokio::task;
 use tokio::time::{self, Instant};
 use tracing::warn;
@@ -22,25 +22,30 @@ use crate::reservation_manager::key_of;
 const LINGER_MAX: Duration = Duration::from_mins(5);
 
 /// Bytes of an answer up to which it is sealed at once. More would hold up the other jobs of the thread.
-const SEALED_AT_ONCE: usize = 64 * 1024;
+pub(super) const SEALED_AT_ONCE: usize = 64 * 1024;
 
 /// What is asked of a job whose client may submit it again.
 pub(super) struct Repeatable {
     key: JobKey,
-    /// How long the job goes on without a reader.
-    linger: Duration,
+    /// How long the job goes on without a reader; `None` if it needs none.
+    linger: Option<Duration>,
     keeps_answer: bool,
     wants_progress: bool,
+    /// What is kept with the answer.
+    note: Option<String>,
 }
 
 impl Repeatable {
-    /// Returns `None` if the client cannot submit the request again.
-    pub(super) fn of(request: &InferRequest) -> Option<Self> {
+    /// Returns `None` if the client cannot submit the request again. Takes the note out of the request.
+    pub(super) fn of(request: &mut InferRequest) -> Option<Self> {
+        let note = request.note.take();
+        let linger = Duration::from_millis(request.linger_ms?).min(LINGER_MAX);
         Some(Self {
-            linger: Duration::from_millis(request.linger_ms?).min(LINGER_MAX),
+            linger: (!(request.detached && note.is_some())).then_some(linger),
             key: key_of(request),
             keeps_answer: request.keeps_answer,
             wants_progress: request.progress,
+            note,
         })
     }
 }
@@ -57,23 +62,27 @@ impl Orchestrator {
         };
         match found {
             Found::Other | Found::Undecided(_) => caller.fail(refusals::reused()).await,
-            Found::Answer(reader) => follow(reader, &request, Some(deadline), caller).await,
+            Found::Answer(reader) => request.follow(reader, Some(deadline), caller).await,
             Found::Nothing(writer, reader) => {
                 let stall = Duration::from_secs(self.config.caller_stall_secs);
                 let is_stored = request.keeps_answer && self.config.answers_kept_hours > 0;
                 let delivery = Delivery::shared(writer, request.linger, is_stored, stall);
                 // The job's own deadline ends it.
-                let run = self.run_repeatable(&request.key, journey, delivery);
-                tokio::join!(run, follow(reader, &request, None, caller));
+                let run = self.run_repeatable(&request, journey, delivery);
+                tokio::join!(run, request.follow(reader, None, caller));
             }
         }
     }
 
-    async fn run_repeatable(&self, key: &JobKey, journey: Journey, mut delivery: Delivery) {
+    async fn run_repeatable(&self, request: &Repeatable, mut journey: Journey, mut delivery: Delivery) {
+        let key = &request.key;
         let outcome = match self.recall(key, &journey.fingerprint).await {
             Ok(None) => {
                 delivery.begin(Origin { created_at: self.reservations.now(), replayed: false, attached: false });
-                self.submit(journey, &mut delivery).await
+                match self.keep_note(request, &mut journey, &mut delivery).await {
+                    Ok(()) => self.submit(journey, &mut delivery).await,
+                    Err(error) => Err(error),
+                }
             }
             Ok(Some((created_at, chunks))) => {
                 delivery.begin(Origin { created_at, replayed: true, attached: false });
@@ -86,7 +95,10 @@ impl Orchestrator {
         };
         match outcome {
             Ok(()) => delivery.finish().await,
-            Err(error) => delivery.fail(error).await,
+            Err(error) => {
+                self.note_failure(request, &error).await;
+                delivery.fail(error).await;
+            }
         }
     }
 
@@ -103,14 +115,21 @@ impl Orchestrator {
         let has_answer = known.state == DurableState::Settled(TerminalState::Completed);
         if has_answer
             && known.request_fingerprint == *fingerprint
-            && let Some(sealed) = self.reservations.answer(key).await?
+            && let Some(answer) = self.stored_answer(key).await?
         {
-            match self.sealing_key.open(&owner(key), &sealed).ok().and_then(answers::decode) {
-                Some(answer) => return Ok(Some(answer)),
-                None => warn!(correlation_id = %key.correlation_id, "a kept answer cannot be opened"),
-            }
+            return Ok(Some(answer));
         }
         Err(refusals::repeated(&known, fingerprint))
+    }
+
+    /// Returns the chunks of a kept answer, and when it began.
+    pub(super) async fn stored_answer(&self, key: &JobKey) -> Result<Option<(UnixMillis, Vec<Bytes>)>, WireError> {
+        let Some(sealed) = self.reservations.answer(key).await? else { return Ok(None) };
+        let answer = self.sealing_key.open(&owner(key), &sealed).ok().and_then(answers::decode);
+        if answer.is_none() {
+            warn!(correlation_id = %key.correlation_id, "a kept answer cannot be opened");
+        }
+        Ok(answer)
     }
 
     /// Seals the answer of a job that is about to be settled, if it is to be kept.
@@ -131,8 +150,34 @@ fn owner(key: &JobKey) -> Vec<u8> {
     codec::encode(&("answer", &key.tenant_id, key.correlation_id, &key.retry_token))
 }
 
+impl Repeatable {
+    async fn follow(&self, reader: Reader, deadline: Option<Instant>, caller: Delivery) {
+        follow(reader, self.key.correlation_id, self.wants_progress, deadline, caller).await;
+    }
+
+    /// Returns the note that is kept before the job runs, because its client does not wait for the answer.
+    pub(super) fn early_note(&self) -> Option<&String> {
+        self.note.as_ref().filter(|_| self.linger.is_none())
+    }
+
+    /// Returns the note that is kept with the answer.
+    pub(super) fn late_note(&self) -> Option<&String> {
+        self.note.as_ref().filter(|_| self.linger.is_some())
+    }
+
+    pub(super) fn key(&self) -> &JobKey {
+        &self.key
+    }
+}
+
 /// Sends a shared answer to a caller. By `deadline` it must have begun.
-async fn follow(mut reader: Reader, request: &Repeatable, deadline: Option<Instant>, mut caller: Delivery) {
+pub(super) async fn follow(
+    mut reader: Reader,
+    job: CorrelationId,
+    wants_progress: bool,
+    deadline: Option<Instant>,
+    mut caller: Delivery,
+) {
     let mut is_introduced = false;
     let mut billed = TokenUsage::default();
     loop {
@@ -145,9 +190,9 @@ async fn follow(mut reader: Reader, request: &Repeatable, deadline: Option<Insta
                 return caller.fail(error).await;
             }
         };
-        if let (Next::Chunk(..), Some(origin), true) = (&next, reader.origin(), request.wants_progress)
+        if let (Next::Chunk(..), Some(origin), true) = (&next, reader.origin(), wants_progress)
             && !std::mem::replace(&mut is_introduced, true)
-            && caller.send_progress(&introduction(request, origin, &reader)).await.is_err()
+            && caller.send_progress(&introduction(job, origin, &reader)).await.is_err()
         {
             return;
         }
@@ -158,7 +203,7 @@ async fn follow(mut reader: Reader, request: &Repeatable, deadline: Option<Insta
                 reader.acknowledge(caller.read_of(usage));
                 sent
             }
-            Next::Progress(chunk) if request.wants_progress => caller.send_progress(&chunk).await,
+            Next::Progress(chunk) if wants_progress => caller.send_progress(&chunk).await,
             Next::Progress(_) => Ok(()),
             Next::Receipt => caller.wait_until_read().await.map(|()| reader.receipt()),
             Next::TooLate => return caller.fail(refusals::is_running()).await,
@@ -177,8 +222,8 @@ fn degraded_of(last: &Bytes) -> Option<Degraded> {
 }
 
 /// Writes a chunk that says where the answer comes from, and how its job was made cheaper.
-fn introduction(request: &Repeatable, origin: Origin, reader: &Reader) -> Vec<u8> {
-    let chunk = InferChunk::new(request.key.correlation_id, 1, 0, Payload::default());
+fn introduction(job: CorrelationId, origin: Origin, reader: &Reader) -> Vec<u8> {
+    let chunk = InferChunk::new(job, 1, 0, Payload::default());
     // An answer that is replayed says nothing of the present.
     let quota = reader.quota().filter(|_| !origin.replayed);
     let (progress, degraded) = (Some(Progress::default()), reader.degraded());

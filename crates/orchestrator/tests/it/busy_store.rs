@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use async_trait::async_trait;
 use metadata_store::{
-    DurableState, FinaliseError, Finalised, JobKey, JobRecord, JobStore, Lease, NewJob, ReassignError, Reassignment,
-    RecordPage, ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, TerminalState, UsageCursor,
-    UsageRecord,
+    DurableState, FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote,
+    ReassignError, Reassignment, RecordPage, ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError,
+    TerminalState, UsageCursor, UsageRecord,
 };
 use protocol::jobs::{DeadLetter, DeadLetterPage, DeadLetterPurge, DeadLetterQuery, JobQuery};
 use protocol::presence::HighWater;
 use protocol::quota::QuotaUsage;
-use protocol::{CorrelationId, TenantId, UnixMillis, WorkerId};
+use protocol::{CorrelationId, TenantId, UnixMillis, WireError, WorkerId};
 use tether_orchestrator::Config;
 use tokio::sync::Barrier;
 use tokio::task::JoinSet;
@@ -56,6 +56,11 @@ impl JobStore for BusyStore {
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> { self.store.job(key).await }
     async fn answer(&self, key: &JobKey, now: UnixMillis) -> Result<Option<Vec<u8>>, StoreError> { self.store.answer(key, now).await }
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> { self.store.prune_answers(now, bytes_max, limit).await }
+    async fn keep_note(&self, note: NewNote) -> Result<(), StoreError> { self.store.keep_note(note).await }
+    async fn note(&self, tenant: &TenantId, id: CorrelationId, now: UnixMillis) -> Result<Option<KeptNote>, StoreError> { self.store.note(tenant, id, now).await }
+    async fn fail_note(&self, key: &JobKey, error: WireError) -> Result<(), StoreError> { self.store.fail_note(key, error).await }
+    async fn remove_note(&self, tenant: &TenantId, id: CorrelationId) -> Result<bool, StoreError> { self.store.remove_note(tenant, id).await }
+    async fn prune_notes(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> { self.store.prune_notes(now, bytes_max, limit).await }
     async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobRecord>, StoreError> { self.store.jobs_of(id).await }
     async fn list_jobs(&self, query: JobQuery) -> Result<RecordPage, StoreError> { self.store.list_jobs(query).await }
     async fn prune(&self, before: UnixMillis, limit: u32) -> Result<u32, StoreError> { self.store.prune(before, limit).await }

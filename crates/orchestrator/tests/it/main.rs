@@ -10,6 +10,7 @@ mod evil_worker;
 mod failures;
 mod hedging;
 mod jobs;
+mod kept;
 mod membership;
 mod operations;
 mod presence;

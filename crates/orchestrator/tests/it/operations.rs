@@ -281,6 +281,7 @@ async fn settle(store: &SqliteStore, number: u128, now: protocol::UnixMillis) {
     };
     let settlement = metadata_store::Settlement {
         answer: None,
+        note: None,
         key: job.key,
         attempt: 1,
         worker_id: job.worker_id,

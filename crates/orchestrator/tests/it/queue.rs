@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use metadata_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, JobStore, Lease, NewJob, ReassignError, Reassignment, RecordPage,
-    ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, UsageCursor, UsageRecord,
+    FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote, ReassignError,
+    Reassignment, RecordPage, ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, UsageCursor,
+    UsageRecord,
 };
 use protocol::infer::{Degraded, InferChunk, InferRequest, ModelDigest, SUBMIT};
 use protocol::jobs::{
@@ -53,6 +54,11 @@ impl JobStore for PausingStore {
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> { let key = key.clone(); blocking!(self.job(&key)) }
     async fn answer(&self, key: &JobKey, now: UnixMillis) -> Result<Option<Vec<u8>>, StoreError> { self.0.answer(key, now).await }
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> { blocking!(self.prune_answers(now, bytes_max, limit)) }
+    async fn keep_note(&self, note: NewNote) -> Result<(), StoreError> { blocking!(self.keep_note(note)) }
+    async fn note(&self, tenant: &TenantId, id: CorrelationId, now: UnixMillis) -> Result<Option<KeptNote>, StoreError> { self.0.note(tenant, id, now).await }
+    async fn fail_note(&self, key: &JobKey, error: WireError) -> Result<(), StoreError> { let key = key.clone(); blocking!(self.fail_note(&key, error)) }
+    async fn remove_note(&self, tenant: &TenantId, id: CorrelationId) -> Result<bool, StoreError> { let tenant = tenant.clone(); blocking!(self.remove_note(&tenant, id)) }
+    async fn prune_notes(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> { blocking!(self.prune_notes(now, bytes_max, limit)) }
     async fn jobs_of(&self, id: CorrelationId) -> Result<Vec<JobRecord>, StoreError> { self.0.jobs_of(id).await }
     async fn list_jobs(&self, query: JobQuery) -> Result<RecordPage, StoreError> { self.0.list_jobs(query).await }
     async fn prune(&self, before: UnixMillis, limit: u32) -> Result<u32, StoreError> { blocking!(self.prune(before, limit)) }

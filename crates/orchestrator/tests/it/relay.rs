@@ -61,6 +61,7 @@ async fn die(store: &dyn JobStore, number: u64) {
         usage: Some(TokenUsage::default()),
         is_bounded: false,
         answer: None,
+        note: None,
         now: SystemClock.now(),
         history: vec![],
         continued: 0,

@@ -426,7 +426,7 @@ impl Worker {
     }
 }
 
-fn job_key(request: &InferRequest) -> JobKey {
+pub(crate) fn job_key(request: &InferRequest) -> JobKey {
     let InferRequest { tenant_id, correlation_id, retry_token, .. } = request.clone();
     JobKey { tenant_id, correlation_id, retry_token }
 }

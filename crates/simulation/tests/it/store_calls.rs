@@ -103,6 +103,7 @@ pub(crate) async fn perform(store: &dyn JobStore, operation: Operation) -> Outco
                 usage: Some(usage),
                 is_bounded: false,
                 answer: None,
+                note: None,
                 now,
             };
             match store.finalise(settlement).await {

@@ -3,9 +3,9 @@
 use protocol::infer::FinishReason;
 use protocol::jobs::{JobQuery, JobStatus};
 use protocol::presence::HighWater;
-use protocol::{ErrorCode, UnixMillis};
+use protocol::{ErrorCode, UnixMillis, WireError};
 use tether_metadata_store::{
-    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, NewJob, ReassignError, Reassignment,
+    DurableState, FinaliseError, Finalised, JobError, JobKey, JobRecord, NewJob, NewNote, ReassignError, Reassignment,
     ReserveError, Reserved, SealedAnswer, Settlement, StoreError, TerminalState, UsageCursor,
 };
 
@@ -255,6 +255,52 @@ pub(crate) async fn answers_are_pruned_by_age_and_by_bytes(subject: Jobs) {
     }
     assert_eq!(store.prune_answers(NOW, 20, 10).await, Ok(0));
     assert!(has(5).await && has(6).await);
+}
+
+fn note(number: u128, expires_at: UnixMillis) -> NewNote {
+    NewNote { key: key(number), sealed: b"a note".as_slice().into(), created_at: NOW, expires_at }
+}
+
+pub(crate) async fn a_note_is_kept_before_its_job_or_with_its_answer_and_removed_with_it(subject: Jobs) {
+    let store = subject.store;
+    let tenant = key(1).tenant_id;
+    let find = async |number, now| store.note(&tenant, key(number).correlation_id, now).await.expect("reads");
+    assert_eq!(find(1, NOW).await, None);
+    store.keep_note(note(1, LEASE)).await.expect("keeps");
+    let kept = find(1, NOW).await.expect("is kept");
+    assert_eq!((kept.key, &*kept.sealed, kept.created_at, kept.error), (key(1), &b"a note"[..], NOW, None));
+    assert_eq!(find(1, LEASE).await, None, "it has expired");
+    let other = "other".parse().expect("tenant");
+    assert_eq!(store.note(&other, key(1).correlation_id, NOW).await, Ok(None));
+    // The first reason stays, until the job runs again.
+    for reason in ["first", "second"] {
+        store.fail_note(&key(1), WireError::new(ErrorCode::NoCapacity, reason)).await.expect("writes");
+        assert_eq!(find(1, NOW).await.and_then(|kept| kept.error).map(|error| error.message), Some("first".into()));
+    }
+    store.keep_note(note(1, LEASE)).await.expect("keeps");
+    assert_eq!(find(1, NOW).await.expect("is kept").error, None);
+    store.reserve(job(2)).await.expect("reserves");
+    let kept = Settlement { answer: Some(answer(b"kept", LEASE)), note: Some(note(2, LEASE)), ..settlement(2) };
+    store.finalise(kept).await.expect("settles");
+    assert!(find(2, NOW).await.is_some());
+    assert_eq!(store.remove_note(&other, key(2).correlation_id).await, Ok(false));
+    assert_eq!(store.remove_note(&tenant, key(2).correlation_id).await, Ok(true));
+    assert_eq!(store.remove_note(&tenant, key(2).correlation_id).await, Ok(false));
+    assert_eq!((find(2, NOW).await, store.answer(&key(2), NOW).await), (None, Ok(None)));
+}
+
+pub(crate) async fn notes_are_pruned_by_age_and_by_bytes(subject: Jobs) {
+    let store = subject.store;
+    for number in 1..=3 {
+        store.keep_note(note(number, UnixMillis(NOW.0 + number as u64))).await.expect("keeps");
+    }
+    // A note that replaces another takes its room.
+    store.keep_note(note(3, UnixMillis(NOW.0 + 3))).await.expect("keeps");
+    assert_eq!(store.prune_notes(NOW, 18, 10).await, Ok(0));
+    assert_eq!(store.prune_notes(UnixMillis(NOW.0 + 1), 18, 10).await, Ok(1));
+    assert_eq!(store.prune_notes(NOW, 6, 10).await, Ok(1));
+    let tenant = key(3).tenant_id;
+    assert!(store.note(&tenant, key(3).correlation_id, NOW).await.expect("reads").is_some(), "the youngest stays");
 }
 
 pub(crate) async fn answers_of_the_tenant_that_has_most_give_way_first(subject: Jobs) {

@@ -59,6 +59,7 @@ pub(crate) fn settlement(number: u128) -> Settlement {
         finish_reason: None,
         error: None,
         answer: None,
+        note: None,
         usage: Some(USAGE),
         is_bounded: true,
         now: NOW,
