@@ -86,6 +86,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("noise_payload", noise_payload),
     ("remote_answer", remote_answer),
     ("remote_server", remote_server),
+    ("responses_request", responses_request),
     ("revocations", revocations),
     ("rpc_message", rpc_message),
     ("secret_frames", secret_frames),
@@ -157,6 +158,13 @@ pub fn messages_request(bytes: &[u8]) {
     if let Ok(order) = gateway::parse_messages(bytes) {
         assert_eq!(order.job.input.check(), Ok(()), "what passed is a sound job");
         assert!(gateway::parse_message_count(bytes).is_ok(), "what can be answered can be counted");
+    }
+}
+
+/// The body of `POST /v1/responses`.
+pub fn responses_request(bytes: &[u8]) {
+    if let Ok(request) = gateway::parse_response(bytes) {
+        assert_eq!(request.job.input.check(), Ok(()), "what passed is a sound job");
     }
 }
 

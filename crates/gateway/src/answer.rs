@@ -447,6 +447,33 @@ pub(crate) fn broken(what: &str) -> WireError {
     WireError::new(ErrorCode::InternalError, "the answer broke off by an internal error")
 }
 
+/// A kept answer that was read whole.
+pub(crate) struct KeptWhole {
+    pub(crate) whole: Whole,
+    pub(crate) origin: Option<Origin>,
+    pub(crate) degraded: Option<Degraded>,
+}
+
+/// Collects a kept answer. It counts as no request, and costs nothing.
+pub(crate) async fn collect_kept(begun: Begun, job: CorrelationId) -> Result<KeptWhole, WireError> {
+    let Begun { mut stream, first, origin, mut degraded, quota: _ } = begun;
+    let expected = Expected::default();
+    let (mut check, mut gathering) = (Sequence::new(job, expected), Gathering::new(expected));
+    let mut next = first.map(Ok);
+    loop {
+        let raw = next.ok_or_else(|| broken("the answer ended without its last chunk"))?.map_err(for_clients)?;
+        if let Some(piece) = check.read(raw)? {
+            degraded = piece.content.degraded.as_deref().cloned().or(degraded);
+            let is_last = piece.end.is_some();
+            gathering.add(piece).map_err(broken)?;
+            if is_last {
+                return Ok(KeptWhole { whole: gathering.finish().map_err(broken)?, origin, degraded });
+            }
+        }
+        next = stream.next().await;
+    }
+}
+
 /// Converts an error for the client. Codes that nodes use only among themselves are translated.
 pub(crate) fn for_clients(error: CallError) -> WireError {
     match error {

@@ -10,9 +10,10 @@ use protocol::control::{
     ModelResidency, NodeRole, Scope, TOKEN_CHECK, TokenCheck, TokenGrant,
 };
 use protocol::infer::{InferRequest, Input, ModelDigest};
+use protocol::kept::{KEPT_CANCEL, KEPT_REMOVE, KEPT_SHOW, KeptAnswer, KeptRef, KeptRemoved};
 use protocol::model::{ALTERNATIVES_MAX, ModelEntry, ModelKey, ModelRef};
 use protocol::quota::QuotaRule;
-use protocol::{AdapterName, Clock, CorrelationId, ErrorCode, PublicKey, RetryToken, TenantId, WireError};
+use protocol::{AdapterName, Clock, CorrelationId, Digest, ErrorCode, PublicKey, RetryToken, TenantId, WireError};
 use rpc::rate_limit::{Quota, RateLimit, Verdict};
 use rpc::{Membership, Transport};
 use serde::Serialize;
@@ -22,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::answer::{Answer, Begun, ChunkHead, Expected};
+use crate::answer::{self, Answer, Begun, ChunkHead, Expected, KeptWhole};
 use crate::authentication::Authentication;
 use crate::builds::{self, Build};
 use crate::cached::Cached;
@@ -267,10 +268,110 @@ impl Gateway {
         if let Some(token) = token {
             return Ok(job.repeatable(tenant_id, token, seconds(self.inner.config.reconnect_secs), true));
         }
+        let is_stored = job.note.is_some();
         // SDKs do not repeat a request whose stream has begun.
-        let Some(call) = repeat.sdk.as_ref().filter(|_| !is_streamed) else { return Ok(job) };
-        let token = self.inner.sdk_requests.token(tenant_id, job.content(), call, self.make_token()?);
-        Ok(job.repeatable(tenant_id, token, SDK_LINGER, false))
+        match repeat.sdk.as_ref().filter(|_| !is_streamed) {
+            Some(call) => {
+                let token = self.inner.sdk_requests.token(tenant_id, job.content(), call, self.make_token()?);
+                Ok(job.repeatable(tenant_id, token, SDK_LINGER, is_stored))
+            }
+            // Nobody can ask for it again before its end.
+            None if is_stored => Ok(job.repeatable(tenant_id, self.make_token()?, Duration::ZERO, true)),
+            None => Ok(job),
+        }
+    }
+
+    /// Submits a job that runs without its client. Returns once an orchestrator has recorded it.
+    pub(crate) async fn submit_detached(&self, admitted: AdmittedRequest, job: Job) -> Result<(), WireError> {
+        let AdmittedRequest { grant, permit: _permit, mut record, rate: _, class: _, repeat } = admitted;
+        let accepted = async {
+            let builds = self.check_job(&grant, &job, &mut record).await?;
+            let timeouts = self.timeouts(&record, &job);
+            let mut request = self.request(&grant, &builds, job, timeouts, &record)?;
+            request.digests.extend(self.cheaper_models(&grant, &builds).await?);
+            let accepted = Box::pin(self.inner.upstream.submit_detached(&request, timeouts)).await;
+            accepted.map_err(|error| repeat.name_key(error.for_clients()))
+        };
+        let accepted = self.cut().run_until_cancelled(accepted).await.unwrap_or_else(|| Err(upstream::stopping()));
+        match &accepted {
+            Ok(()) => record.accepted(),
+            Err(error) => record.failed(error.code),
+        }
+        accepted
+    }
+
+    /// Returns a kept answer of a tenant, without the answer itself, and the orchestrator that has it.
+    pub(crate) async fn kept(&self, kept: &KeptRef) -> Result<(PublicKey, KeptAnswer), WireError> {
+        self.ask_keeper(KEPT_SHOW, kept).await
+    }
+
+    /// Cancels the job of a kept answer.
+    pub(crate) async fn cancel_kept(&self, kept: &KeptRef) -> Result<(PublicKey, KeptAnswer), WireError> {
+        self.ask_keeper(KEPT_CANCEL, kept).await
+    }
+
+    async fn ask_keeper(&self, method: &str, kept: &KeptRef) -> Result<(PublicKey, KeptAnswer), WireError> {
+        let asked = self.inner.upstream.ask_which(NodeRole::Orchestrator, method, kept).await;
+        asked.map_err(WireError::for_clients)
+    }
+
+    /// Deletes a kept answer. Returns whether an orchestrator had it.
+    pub(crate) async fn remove_kept(&self, kept: &KeptRef) -> Result<bool, WireError> {
+        let asked = self.inner.upstream.ask_each(NodeRole::Orchestrator, KEPT_REMOVE, |_| Some(kept.clone())).await?;
+        let mut found = false;
+        for (_, reply) in asked {
+            let reply: KeptRemoved = reply.map_err(WireError::for_clients)?;
+            found |= reply.found;
+        }
+        Ok(found)
+    }
+
+    /// Collects a kept answer whose job has ended.
+    pub(crate) async fn read_kept(&self, keeper: PublicKey, kept: &KeptRef) -> Result<KeptWhole, WireError> {
+        let begun = self.inner.upstream.read_kept(keeper, kept, self.stall()).await.map_err(WireError::for_clients)?;
+        let collected = answer::collect_kept(begun, kept.correlation_id);
+        self.cut().run_until_cancelled(collected).await.unwrap_or_else(|| Err(upstream::stopping()))
+    }
+
+    /// Streams a kept answer from its beginning, also while its job runs.
+    pub(crate) async fn follow_kept(
+        &self,
+        admitted: AdmittedRequest,
+        keeper: PublicKey,
+        kept: KeptRef,
+    ) -> Result<Answer, WireError> {
+        let AdmittedRequest { permit, mut record, .. } = admitted;
+        record.correlation_id = kept.correlation_id;
+        record.replays();
+        let begun = self.inner.upstream.read_kept(keeper, &kept, self.stall()).await.map_err(WireError::for_clients)?;
+        let entry = self.kept_entry(&begun).await?;
+        let (tracker, cut) = (self.inner.tracker.clone(), self.cut().clone());
+        Answer::begin(begun, vec![entry], Expected::default(), record, tracker, cut, permit)
+    }
+
+    /// Returns the model of a kept answer. It may be in the catalogue no longer.
+    async fn kept_entry(&self, begun: &Begun) -> Result<Arc<ModelEntry>, WireError> {
+        let named = begun.first.as_deref().and_then(|first| ChunkHead::read(first).model);
+        let key = named.ok_or_else(|| answer::broken("a kept answer names no model"))?;
+        if let Some(entry) = self.models().await?.find(&key.model_id, Some(key.version)) {
+            return Ok(entry.clone());
+        }
+        Ok(Arc::new(ModelEntry {
+            digest: Digest::of(key.to_string().as_bytes()),
+            key,
+            bytes: 0,
+            context_length: 0,
+            description: String::new(),
+            created_at: self.inner.clock.now(),
+            facts: None,
+            added: false,
+            pin: false,
+            keep_alive_secs: None,
+        }))
+    }
+
+    fn stall(&self) -> Duration {
+        seconds(self.inner.config.stall_timeout_secs)
     }
 
     fn make_token(&self) -> Result<RetryToken, WireError> {
@@ -286,13 +387,15 @@ impl Gateway {
         let AdmittedRequest { grant, permit, mut record, rate: _, class: _, repeat } = admitted;
         let opened = async {
             let builds = self.check_job(&grant, &job, &mut record).await?;
-            let source = if job.keeps_answer { "key" } else { "sdk_retry" };
+            // A stored answer is kept as well, but only its client's own token says that it may be repeated.
+            let has_key = repeat.key.is_some() || (job.keeps_answer && job.note.is_none());
+            let source = if has_key { "key" } else { "sdk_retry" };
             let timeouts = self.timeouts(&record, &job);
             let expected = Expected::of(&job.input);
             let mut request = self.request(&grant, &builds, job, timeouts, &record)?;
             let others = self.cheaper_models(&grant, &builds).await?;
             request.digests.extend(others);
-            let begun = Box::pin(self.begin(request, timeouts)).await;
+            let begun = Box::pin(self.begin(request, timeouts, has_key)).await;
             let begun = begun.map_err(|error| repeat.name_key(error.for_clients()))?;
             if begun.is_repeat() {
                 self.inner.metrics.idempotent_replays.get_or_create(&SourceLabel { source }).inc();
@@ -317,13 +420,13 @@ impl Gateway {
 
     /// Submits a job. A token that this gateway chose for an SDK may be used up, or its job may be that of an
     /// orchestrator that died, whose answer nobody can read; its client knows nothing of either.
-    async fn begin(&self, request: InferRequest, timeouts: Timeouts) -> Result<Begun, WireError> {
-        let is_own = request.linger_ms.is_some() && !request.keeps_answer;
+    async fn begin(&self, request: InferRequest, timeouts: Timeouts, has_key: bool) -> Result<Begun, WireError> {
+        let is_own = request.linger_ms.is_some() && !has_key;
         let is_no_answer = |code| matches!(code, ErrorCode::IdempotencyKeyReused | ErrorCode::IdempotencyInProgress);
-        match self.inner.upstream.submit(&request, timeouts).await {
+        match self.inner.upstream.submit(&request, timeouts, has_key).await {
             Err(error) if is_own && is_no_answer(error.code) => {
                 let request = InferRequest { retry_token: self.make_token()?, ..request };
-                self.inner.upstream.submit(&request, timeouts).await
+                self.inner.upstream.submit(&request, timeouts, has_key).await
             }
             begun => begun,
         }
@@ -473,8 +576,8 @@ impl Gateway {
             acknowledges: true,
             linger_ms: job.linger.map(|linger| linger.as_millis() as u64),
             keeps_answer: job.keeps_answer,
-            note: None,
-            detached: false,
+            note: job.note,
+            detached: job.detached,
         })
     }
 

@@ -20,6 +20,7 @@ mod openapi;
 mod repeats;
 mod request_body;
 mod reset_limit;
+mod responses;
 mod router;
 mod timeouts;
 mod tls;

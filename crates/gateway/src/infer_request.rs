@@ -25,6 +25,8 @@ pub fn parse_infer(bytes: &[u8]) -> Result<Job, WireError> {
         trace_id: submission.trace_id,
         linger: None,
         keeps_answer: false,
+        note: None,
+        detached: false,
         class: submission.class,
         deadline: submission.deadline_ms.map(Duration::from_millis),
     })

@@ -25,6 +25,10 @@ pub struct Job {
     pub linger: Option<Duration>,
     /// Whether its answer is also kept for long after its end.
     pub keeps_answer: bool,
+    /// What is kept with the answer, so that its client can read both later by the job's id.
+    pub note: Option<String>,
+    /// Whether the job runs to its end without its client.
+    pub detached: bool,
     /// How urgent it is, if the client says so.
     pub class: Option<ServiceClass>,
     /// How long the client waits for the answer to begin. The configured deadline is the default and the maximum.
@@ -43,6 +47,8 @@ impl Job {
             trace_id: None,
             linger: None,
             keeps_answer: false,
+            note: None,
+            detached: false,
             class: None,
             deadline: None,
         }

@@ -29,6 +29,7 @@ mod published;
 mod repeats;
 mod request_context;
 mod request_record;
+mod responses;
 mod rpc_gateway;
 mod upstream;
 
@@ -43,4 +44,5 @@ pub use metrics::Metrics;
 pub use open_gateway::OpenGateway;
 pub use openai::request::{Encoding, Generation, Vectors, parse_chat, parse_completion, parse_embeddings};
 pub use request_context::{AdmittedRequest, Origin, RequestContext};
+pub use responses::request::{ResponseRequest, parse_response};
 pub use rpc_gateway::submission::{Read, Submission, UnreadJob, parse_submission};

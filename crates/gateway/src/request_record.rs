@@ -119,6 +119,18 @@ impl RequestRecord {
         }
     }
 
+    /// Records a request for something that is kept, which uses no tokens.
+    pub(crate) fn answered(&mut self) {
+        self.outcome = "answered";
+        self.is_replay = true;
+    }
+
+    /// Records that a job runs on without its client.
+    pub(crate) fn accepted(&mut self) {
+        self.outcome = "accepted";
+        self.is_replay = true;
+    }
+
     pub(crate) fn failed(&mut self, code: ErrorCode) {
         self.outcome = code.as_str();
         match code {

@@ -11,6 +11,7 @@ use futures_util::stream::FuturesUnordered;
 use protocol::control::NodeRole;
 use protocol::infer::{self, Degraded, InferRequest};
 use protocol::jobs::{JOB_SHOW, JobInfo, JobPage, JobRef, JobStatus};
+use protocol::kept::{KEPT_READ, KeptRef};
 use protocol::{CorrelationId, Digest, ErrorCode, PublicKey, Region, Topic, WireError, codec};
 use rpc::announce::DirectoryTask;
 use rpc::backoff::Backoff;
@@ -158,10 +159,15 @@ impl Upstream {
     /// Submits a job to an orchestrator and waits until its answer begins or it is refused. Its id decides the jitter
     /// of the waits between rounds. Repeats of a job with a token of the client go to the same orchestrator, as each
     /// knows only its own jobs.
-    pub(crate) async fn submit(&self, request: &InferRequest, timeouts: Timeouts) -> Result<Begun, WireError> {
+    pub(crate) async fn submit(
+        &self,
+        request: &InferRequest,
+        timeouts: Timeouts,
+        has_key: bool,
+    ) -> Result<Begun, WireError> {
         let (body, id) = (Bytes::from(codec::encode(request)), request.correlation_id);
         let job = request.fingerprint.map(|_| id);
-        let holder = self.holder(request).await;
+        let holder = if has_key { self.holder(request).await } else { None };
         let mut last = away(NodeRole::Orchestrator);
         let mut may_be_known = false;
         // An orchestrator whose connection broke goes on with a job that lingers. No other may run it meanwhile.
@@ -257,9 +263,58 @@ impl Upstream {
         best.map(|(_, peer)| peer)
     }
 
-    /// Opens a job's stream and waits for the first chunk that is part of the answer.
+    /// Submits a job that runs without a reader, and waits until an orchestrator has recorded it.
+    pub(crate) async fn submit_detached(&self, request: &InferRequest, timeouts: Timeouts) -> Result<(), WireError> {
+        let body = Bytes::from(codec::encode(request));
+        let mut last = away(NodeRole::Orchestrator);
+        for peer in self.peers(NodeRole::Orchestrator, Some(request.correlation_id)).await? {
+            let options = StreamOptions { accept_within: CALL, deadline: None, stall: timeouts.stall };
+            let opened = self.client.open_stream(peer, infer::SUBMIT, body.clone(), options).await;
+            let accepted = match opened {
+                Ok(mut stream) => stream.next().await.unwrap_or(Err(CallError::PeerEnded)),
+                Err(error) => Err(error),
+            };
+            match accepted {
+                Ok(_) => return Ok(()),
+                // Another orchestrator must not run a job that this one may have recorded.
+                Err(error @ (CallError::Remote(_) | CallError::Unreachable { .. })) => {
+                    let error = WireError::from(error);
+                    if !another_may_know(error.code) {
+                        return Err(error);
+                    }
+                    last = error;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(last)
+    }
+
+    /// Opens the stream of a kept answer at the orchestrator that has it, and waits for its first chunk.
+    pub(crate) async fn read_kept(
+        &self,
+        keeper: PublicKey,
+        kept: &KeptRef,
+        stall: Duration,
+    ) -> Result<Begun, WireError> {
+        let options = StreamOptions { accept_within: stall, deadline: None, stall };
+        let body = Bytes::from(codec::encode(kept));
+        Ok(self.open(keeper, KEPT_READ, body, options).await?)
+    }
+
     async fn begin(&self, peer: PublicKey, body: Bytes, options: StreamOptions) -> Result<Begun, CallError> {
-        let mut stream = self.client.open_stream(peer, infer::SUBMIT, body, options).await?;
+        self.open(peer, infer::SUBMIT, body, options).await
+    }
+
+    /// Opens the stream of an answer and waits for the first chunk that is part of it.
+    async fn open(
+        &self,
+        peer: PublicKey,
+        method: &str,
+        body: Bytes,
+        options: StreamOptions,
+    ) -> Result<Begun, CallError> {
+        let mut stream = self.client.open_stream(peer, method, body, options).await?;
         stream.acknowledge_reads();
         let (mut origin, mut quota, mut degraded) = (None, None, None);
         loop {

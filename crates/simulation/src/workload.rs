@@ -136,6 +136,8 @@ async fn within(gateway: &Gateway, token: &str, request: &Request) -> Received {
         trace_id: Some(trace_id),
         linger: request.linger,
         keeps_answer: request.linger.is_some(),
+        note: None,
+        detached: false,
         class: None,
         deadline: None,
     };

@@ -12,9 +12,6 @@ pub(super) mod queue;
 pub(super) mod quotas;
 pub(super) mod tokens;
 
-use std::convert::Infallible;
-use std::fmt::Display;
-use std::str::FromStr;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -61,28 +58,6 @@ impl Operator {
         request: Request,
     ) -> Result<Reply, WireError> {
         self.gateway.ask_registry(method, &ByOperator { token: self.token.clone(), request }).await
-    }
-}
-
-/// The query of an operator's request. Values are compared as they are: those that a list takes need no percent signs.
-pub(super) struct AdminQuery(String);
-
-impl<S: Sync> FromRequestParts<S> for AdminQuery {
-    type Rejection = Infallible;
-
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
-        Ok(Self(parts.uri.query().unwrap_or_default().to_owned()))
-    }
-}
-
-impl AdminQuery {
-    /// Returns a parameter, or `None` if it is not given.
-    fn get<T: FromStr<Err: Display>>(&self, name: &'static str) -> Result<Option<T>, WireError> {
-        let given = self.0.split('&').filter_map(|part| part.split_once('=')).find(|(found, _)| *found == name);
-        let Some((_, value)) = given else { return Ok(None) };
-        value.parse().map(Some).map_err(|error| {
-            WireError::new(ErrorCode::InvalidValue, format!("{name} has an invalid value: {error}")).with_param(name)
-        })
     }
 }
 

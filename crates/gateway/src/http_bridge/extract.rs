@@ -1,7 +1,9 @@
 //! Axum extractors for what handlers need besides the body: context, API token and path segment.
 
 use std::convert::Infallible;
+use std::fmt::Display;
 use std::net::SocketAddr;
+use std::str::FromStr;
 
 use axum::extract::{FromRequestParts, Path};
 use http::request::Parts;
@@ -64,6 +66,28 @@ impl<S: Sync> FromRequestParts<S> for Inquiry {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
         let token = token(&parts.headers).map(str::to_owned);
         Ok(Self { context: context(&parts.extensions), token })
+    }
+}
+
+/// The query of a request. Values are compared as they are: those that lists take need no percent signs.
+pub(super) struct Query(pub(super) String);
+
+impl<S: Sync> FromRequestParts<S> for Query {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        Ok(Self(parts.uri.query().unwrap_or_default().to_owned()))
+    }
+}
+
+impl Query {
+    /// Returns a parameter, or `None` if it is not given.
+    pub(super) fn get<T: FromStr<Err: Display>>(&self, name: &'static str) -> Result<Option<T>, WireError> {
+        let given = self.0.split('&').filter_map(|part| part.split_once('=')).find(|(found, _)| *found == name);
+        let Some((_, value)) = given else { return Ok(None) };
+        value.parse().map(Some).map_err(|error| {
+            WireError::new(ErrorCode::InvalidValue, format!("{name} has an invalid value: {error}")).with_param(name)
+        })
     }
 }
 

@@ -205,6 +205,11 @@ impl ResponseHeaders {
         Self { context, correlation_id: job.correlation_id.unwrap_or(context.correlation_id), rate }
     }
 
+    /// Creates the headers of a response to a job that an earlier request began.
+    pub(super) fn of_earlier(context: RequestContext, correlation_id: CorrelationId, rate: Verdict) -> Self {
+        Self { context, correlation_id, rate }
+    }
+
     pub(super) fn correlation_id(&self) -> CorrelationId {
         self.correlation_id
     }
@@ -249,7 +254,7 @@ impl ResponseHeaders {
     }
 }
 
-fn refused(refusal: &Refusal, request: CorrelationId) -> Response<Body> {
+pub(super) fn refused(refusal: &Refusal, request: CorrelationId) -> Response<Body> {
     let mut response = errors::with_request(errors::failure(&refusal.error), request);
     if let Some(rate) = &refusal.rate {
         errors::add_rate(response.headers_mut(), rate);

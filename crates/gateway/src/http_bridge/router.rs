@@ -18,6 +18,7 @@ use utoipa_axum::routes;
 use super::extract::{Bridge, Inquiry, context};
 use super::{
     GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, messages, models, openapi,
+    responses,
 };
 
 /// The response headers that pages of other origins may read.
@@ -67,6 +68,10 @@ fn routes() -> OpenApiRouter<Bridge> {
         .routes(routes!(embeddings::create))
         .routes(routes!(messages::create))
         .routes(routes!(messages::count))
+        .routes(routes!(responses::create))
+        .routes(routes!(responses::stored::get, responses::stored::delete))
+        .routes(routes!(responses::stored::cancel))
+        .routes(routes!(responses::stored::input_items))
         .routes(routes!(models::list))
         .routes(routes!(models::get))
         .routes(routes!(infer::create))
@@ -141,7 +146,7 @@ async fn no_path(uri: Uri, inquiry: Inquiry) -> Response<Body> {
 /// which the client adds another.
 fn nothing_under(path: &str) -> String {
     let once = path.trim_start_matches("/v1");
-    let is_openai = ["/chat/completions", "/completions", "/embeddings", "/models"].contains(&once);
+    let is_openai = ["/chat/completions", "/completions", "/embeddings", "/models", "/responses"].contains(&once);
     if is_openai && path != format!("/v1{once}") {
         return format!("there is nothing under {path}; the path is /v1{once}: look at the client's base address");
     }

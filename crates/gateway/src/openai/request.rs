@@ -13,9 +13,12 @@ use protocol::WireError;
 
 use crate::job::Job;
 use crate::json_body::{read, refuse_unless};
-pub(crate) use body::{ChatCompletionRequest, CompletionRequest};
+pub(crate) use body::{ChatCompletionRequest, CompletionRequest, Count, reasoning_options};
 pub(crate) use embeddings::EmbeddingRequest;
 pub use embeddings::{Encoding, Vectors, parse_embeddings};
+pub(crate) use format::of_schema;
+pub(crate) use message::{Content, Part, join};
+pub(crate) use tools::check_parameters;
 
 /// Maximum tokens of a text completion without a limit; OpenAI's default.
 const COMPLETION_TOKENS: u32 = 16;

@@ -19,6 +19,7 @@ use protocol::infer::{
     TokenLogprob, ToolCallDelta,
 };
 use protocol::jobs::{JOB_LIST, JOB_SHOW, JobInfo, JobPage, JobQuery, JobRef, JobStatus};
+use protocol::kept::{KEPT_READ, KEPT_REMOVE, KEPT_SHOW, KeptAnswer, KeptRef, KeptRemoved, KeptStatus};
 use protocol::model::{AdapterEntry, AdapterKey, AliasEntry, ModelEntry, ModelKey};
 use protocol::policy::TenantPolicy;
 use protocol::quota::{QuotaRefusal, QuotaRule, QuotaState, Window};
@@ -51,6 +52,9 @@ pub(crate) struct Fake {
     /// Lets a job go on whose prompt is "held".
     pub(crate) release: Arc<Notify>,
 }
+
+/// When kept answers began.
+const CREATED_AT: UnixMillis = UnixMillis(1_700_000_000_000);
 
 /// A daily limit of 1,000 tokens of which 600 are left.
 fn quota() -> QuotaState {
@@ -314,10 +318,70 @@ impl Fake {
                     job: None,
                 })
             })
+            .unary(KEPT_SHOW, {
+                let fake = self.clone();
+                move |_, kept: KeptRef| {
+                    let shown = fake.kept(&kept).map(|job| KeptAnswer {
+                        note: job.note.unwrap_or_default(),
+                        created_at: CREATED_AT,
+                        status: KeptStatus::Completed,
+                        error: None,
+                    });
+                    async move { shown }
+                }
+            })
+            .unary(KEPT_REMOVE, {
+                let fake = self.clone();
+                move |_, kept: KeptRef| {
+                    let found = fake.kept(&kept).is_ok();
+                    fake.jobs.lock().retain(|job| job.correlation_id != kept.correlation_id);
+                    async move { Ok(KeptRemoved { found }) }
+                }
+            })
+            .stream(KEPT_READ, {
+                let fake = self.clone();
+                move |call: StreamCall| {
+                    let fake = fake.clone();
+                    async move { fake.read_kept(call).await }
+                }
+            })
             .stream(SUBMIT, move |call| {
                 let fake = fake.clone();
                 async move { fake.submit(call).await }
             })
+    }
+
+    /// Returns a job that has a note.
+    fn kept(&self, kept: &KeptRef) -> Result<InferRequest, WireError> {
+        let is_this = |job: &&InferRequest| {
+            job.correlation_id == kept.correlation_id && job.tenant_id == kept.tenant_id && job.note.is_some()
+        };
+        let found = self.jobs.lock().iter().find(is_this).cloned();
+        found.ok_or_else(|| WireError::new(ErrorCode::NotFound, "no answer is kept"))
+    }
+
+    /// Sends the answer of a kept job again.
+    async fn read_kept(&self, call: StreamCall) {
+        let kept: KeptRef = codec::decode(&call.body).expect("the gateway sends well-formed requests");
+        let job = match self.kept(&kept) {
+            Ok(job) => job,
+            Err(error) => return call.refuse(error).await,
+        };
+        let Ok(mut reply) = call.accept().await else { return };
+        let chunk = InferChunk::new(job.correlation_id, 2, 0, Payload::default());
+        let origin = Some(Origin { created_at: CREATED_AT, replayed: true, attached: false });
+        let told = InferChunk { progress: Some(Progress::default()), origin, ..chunk };
+        let _ = reply.send(&codec::encode(&told)).await;
+        let usage = Some(TokenUsage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 3, reasoning_tokens: 0 });
+        for (seq, text) in (0..).zip(["Hel", "lo", ""]) {
+            let done = text.is_empty();
+            let (finish_reason, usage) = (done.then_some(FinishReason::Stop), usage.filter(|_| done));
+            let payload = Payload { text: text.into(), finish_reason, usage, ..Payload::default() };
+            let model = (seq == 0).then(|| job.model());
+            let chunk = InferChunk { model, done, ..InferChunk::new(job.correlation_id, 2, seq, payload) };
+            let _ = reply.send(&codec::encode(&chunk)).await;
+        }
+        let _ = reply.finish().await;
     }
 
     async fn submit(&self, mut call: StreamCall) {

@@ -12,6 +12,7 @@ mod membership;
 mod messages;
 mod refusals;
 mod repeats;
+mod responses;
 mod rpc_clients;
 mod surface;
 mod tls;

@@ -7,9 +7,9 @@ use protocol::jobs::{
 use protocol::{ErrorCode, UnixMillis, WireError};
 
 use super::jobs::limit;
-use super::{AdminQuery, Operator, request_id};
+use super::{Operator, request_id};
 use crate::http_bridge::errors::ApiError;
-use crate::http_bridge::extract::Segment;
+use crate::http_bridge::extract::{Query, Segment};
 use crate::operations::Cursor;
 use crate::published;
 
@@ -27,7 +27,7 @@ use crate::published;
         ApiError,
     ),
 )]
-pub(crate) async fn list(operator: Operator, query: AdminQuery) -> Result<Json<DeadLetterList>, ApiError> {
+pub(crate) async fn list(operator: Operator, query: Query) -> Result<Json<DeadLetterList>, ApiError> {
     let after: Option<Cursor> = query.get("after")?;
     let wanted = DeadLetterQuery {
         tenant_id: query.get("tenant")?,
@@ -53,7 +53,7 @@ pub(crate) async fn list(operator: Operator, query: AdminQuery) -> Result<Json<D
 pub(crate) async fn show(
     Segment(correlation_id): Segment,
     operator: Operator,
-    query: AdminQuery,
+    query: Query,
 ) -> Result<Json<DeadLetter>, ApiError> {
     let payload = query.get("payload")?.unwrap_or(false);
     let id = request_id(&correlation_id)?;
@@ -77,7 +77,7 @@ pub(crate) async fn show(
 pub(crate) async fn replay(
     Segment(correlation_id): Segment,
     operator: Operator,
-    query: AdminQuery,
+    query: Query,
 ) -> Result<Json<DeadLetterReplayed>, ApiError> {
     let (id, keep) = (request_id(&correlation_id)?, query.get("keep")?.unwrap_or(false));
     Ok(Json(operator.gateway.replay_dead_letter(operator.token, id, keep).await?))
@@ -110,7 +110,7 @@ pub(crate) async fn purge(
         ApiError,
     ),
 )]
-pub(crate) async fn purge_old(operator: Operator, query: AdminQuery) -> Result<Json<DeadLettersPurged>, ApiError> {
+pub(crate) async fn purge_old(operator: Operator, query: Query) -> Result<Json<DeadLettersPurged>, ApiError> {
     let before: Option<u64> = query.get("before")?;
     let Some(before) = before else {
         let message = "name the time before which dead letters are deleted: ?before=MILLISECONDS";

@@ -5,9 +5,9 @@ use protocol::WireError;
 use protocol::jobs::{CancelledJobs, JobList, JobQuery, JobStatus, PAGE_MAX};
 use tracing::info;
 
-use super::{AdminQuery, Operator, request_id};
+use super::{Operator, request_id};
 use crate::http_bridge::errors::ApiError;
-use crate::http_bridge::extract::Segment;
+use crate::http_bridge::extract::{Query, Segment};
 use crate::operations::Cursor;
 use crate::published;
 
@@ -26,7 +26,7 @@ use crate::published;
         ApiError,
     ),
 )]
-pub(crate) async fn list(operator: Operator, query: AdminQuery) -> Result<Json<JobList>, ApiError> {
+pub(crate) async fn list(operator: Operator, query: Query) -> Result<Json<JobList>, ApiError> {
     let after: Option<Cursor> = query.get("after")?;
     let wanted = JobQuery {
         status: query.get::<JobStatus>("status")?,
@@ -39,7 +39,7 @@ pub(crate) async fn list(operator: Operator, query: AdminQuery) -> Result<Json<J
 }
 
 /// Returns the size of the page that a query asks for.
-pub(super) fn limit(query: &AdminQuery) -> Result<u32, WireError> {
+pub(super) fn limit(query: &Query) -> Result<u32, WireError> {
     const USUAL: u32 = 50;
     Ok(query.get::<u32>("limit")?.unwrap_or(USUAL).clamp(1, PAGE_MAX))
 }

@@ -3,8 +3,9 @@
 use axum::Json;
 use protocol::queue::{QUEUE_PAGE_MAX, WaitingJobs};
 
-use super::{AdminQuery, Operator};
+use super::Operator;
 use crate::http_bridge::errors::ApiError;
+use crate::http_bridge::extract::Query;
 use crate::published;
 
 /// Lists the jobs that wait for a free slot, the next ones of each model first.
@@ -16,7 +17,7 @@ use crate::published;
         ApiError,
     ),
 )]
-pub(crate) async fn list(operator: Operator, query: AdminQuery) -> Result<Json<WaitingJobs>, ApiError> {
+pub(crate) async fn list(operator: Operator, query: Query) -> Result<Json<WaitingJobs>, ApiError> {
     const USUAL: u32 = 200;
     let limit = query.get::<u32>("limit")?.unwrap_or(USUAL).clamp(1, QUEUE_PAGE_MAX);
     Ok(Json(operator.gateway.list_waiting(operator.token, limit).await?))

@@ -3,8 +3,9 @@
 use axum::Json;
 use protocol::quota::{QuotaList, QuotaQuery};
 
-use super::{AdminQuery, Operator};
+use super::Operator;
 use crate::http_bridge::errors::ApiError;
+use crate::http_bridge::extract::Query;
 use crate::published;
 
 /// Lists what tenants use of their quotas, as each orchestrator counts it.
@@ -16,7 +17,7 @@ use crate::published;
         ApiError,
     ),
 )]
-pub(crate) async fn list(operator: Operator, query: AdminQuery) -> Result<Json<QuotaList>, ApiError> {
+pub(crate) async fn list(operator: Operator, query: Query) -> Result<Json<QuotaList>, ApiError> {
     let wanted = QuotaQuery { tenant_id: query.get("tenant")? };
     Ok(Json(operator.gateway.list_quotas(wanted).await?))
 }

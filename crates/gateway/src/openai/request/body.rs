@@ -234,7 +234,7 @@ enum Logprobs {
 
 /// A whole number. Some clients write it as a float such as `1.0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Count(u32);
+pub(crate) struct Count(pub(crate) u32);
 
 /// Maximum tokens of an answer: a count, or -1 for as many as fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -389,13 +389,7 @@ impl Body {
     fn template_options(&mut self) -> Result<Map<String, Value>, WireError> {
         let mut options = Map::new();
         if let Some(effort) = self.reasoning_effort.take() {
-            if !["none", "minimal", "low", "medium", "high", "xhigh"].contains(&effort.as_str()) {
-                return Err(invalid("reasoning_effort", "must be none, minimal, low, medium, high or xhigh"));
-            }
-            if effort == "none" {
-                options.insert("enable_thinking".into(), false.into());
-            }
-            options.insert("reasoning_effort".into(), effort.into());
+            options = reasoning_options(&effort, "reasoning_effort")?;
         }
         options.extend(self.chat_template_kwargs.take().unwrap_or_default());
         Ok(options)
@@ -477,6 +471,19 @@ impl Body {
         let job = Job { class: class.flatten(), ..Job::new(model, input) };
         Ok(Generation { job, model: name, stream, include_usage, names_tier })
     }
+}
+
+/// Returns the variables for the chat template that say how long the model reasons.
+pub(crate) fn reasoning_options(effort: &str, param: &str) -> Result<Map<String, Value>, WireError> {
+    if !["none", "minimal", "low", "medium", "high", "xhigh"].contains(&effort) {
+        return Err(invalid(param, "must be none, minimal, low, medium, high or xhigh"));
+    }
+    let mut options = Map::new();
+    if effort == "none" {
+        options.insert("enable_thinking".into(), false.into());
+    }
+    options.insert("reasoning_effort".into(), effort.into());
+    Ok(options)
 }
 
 /// Parses the token ids of `logit_bias`, which are strings in JSON.

@@ -52,15 +52,20 @@ impl ResponseFormat {
             "json_object" => Ok(OutputFormat::Json),
             "json_schema" => {
                 let JsonSchema { schema, strict } = self.json_schema.unwrap_or_default();
-                let mut schema = schema.ok_or_else(|| missing("response_format.json_schema.schema"))?;
-                if let Some(keywords) = schema.as_object_mut().filter(|_| strict != Some(true)) {
-                    keywords.insert("x-guidance".into(), json!({ "lenient": true }));
-                }
-                Ok(OutputFormat::JsonSchema(schema))
+                let schema = schema.ok_or_else(|| missing("response_format.json_schema.schema"))?;
+                Ok(of_schema(schema, strict))
             }
             _ => Err(unsupported("response_format.type")),
         }
     }
+}
+
+/// Returns the format of a schema. Unless it is strict, the parts that cannot be enforced are ignored.
+pub(crate) fn of_schema(mut schema: Value, strict: Option<bool>) -> OutputFormat {
+    if let Some(keywords) = schema.as_object_mut().filter(|_| strict != Some(true)) {
+        keywords.insert("x-guidance".into(), json!({ "lenient": true }));
+    }
+    OutputFormat::JsonSchema(schema)
 }
 
 impl StructuredOutputs {

@@ -4,7 +4,7 @@ use std::fmt;
 
 use protocol::infer::{Message, Role, ToolCall};
 use protocol::{ErrorCode, WireError};
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::Value;
 use utoipa::ToSchema;
 
@@ -128,7 +128,7 @@ impl Call {
 }
 
 /// Joins the text of parts without a separator, as OpenAI's servers do.
-fn join(parts: Vec<Part>, path: &str, of_assistant: bool) -> Result<String, WireError> {
+pub(crate) fn join(parts: Vec<Part>, path: &str, of_assistant: bool) -> Result<String, WireError> {
     let mut whole = String::new();
     for (index, Part { kind, text, refusal }) in parts.into_iter().enumerate() {
         let (name, said) = match kind.as_str() {
@@ -160,24 +160,26 @@ fn no_text(kind: &str, path: String) -> WireError {
 }
 
 /// A text, or parts of one.
-#[derive(Debug, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 #[schema(as = ChatContent)]
 #[serde(untagged)]
-enum Content {
+pub(crate) enum Content {
     Text(String),
     Parts(Vec<Part>),
 }
 
 /// A part of a text.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[schema(as = TextPart)]
-struct Part {
+pub(crate) struct Part {
     /// `text`, `input_text` or `output_text`; in an assistant's message also `refusal`.
     #[serde(rename = "type")]
-    kind: String,
-    text: Option<String>,
+    pub(crate) kind: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) text: Option<String>,
     /// The text of a refusal.
-    refusal: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) refusal: Option<String>,
 }
 
 impl<'de> Deserialize<'de> for Content {

@@ -35,17 +35,21 @@ pub(super) fn tools(offered: Vec<OfferedTool>) -> Result<Vec<Tool>, WireError> {
         refuse_unless(tool.kind == "function", &format!("tools[{index}].type"))?;
         let function = tool.function.ok_or_else(|| missing(&format!("tools[{index}].function")))?;
         let OfferedFunction { name, description, parameters } = function;
-        let path = format!("tools[{index}].function.parameters");
-        match &parameters {
-            Some(Value::Object(schema)) if schema.get("type").is_some_and(|kind| !may_be_object(kind)) => {
-                return Err(invalid(&path, "must be the schema of an object, since arguments are one"));
-            }
-            Some(Value::Object(_)) | None => {}
-            Some(_) => return Err(invalid(&path, "must be a JSON schema")),
-        }
+        check_parameters(parameters.as_ref(), &format!("tools[{index}].function.parameters"))?;
         Ok(Tool { name, description, parameters })
     };
     offered.into_iter().enumerate().map(convert).collect()
+}
+
+/// Checks that the schema of a function's arguments is one of an object.
+pub(crate) fn check_parameters(parameters: Option<&Value>, path: &str) -> Result<(), WireError> {
+    match parameters {
+        Some(Value::Object(schema)) if schema.get("type").is_some_and(|kind| !may_be_object(kind)) => {
+            Err(invalid(path, "must be the schema of an object, since arguments are one"))
+        }
+        Some(Value::Object(_)) | None => Ok(()),
+        Some(_) => Err(invalid(path, "must be a JSON schema")),
+    }
 }
 
 /// Returns whether a schema's `type` allows objects.

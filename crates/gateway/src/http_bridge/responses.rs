@@ -1,0 +1,133 @@
+//! `POST /v1/responses`.
+
+pub(super) mod stored;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use http::{HeaderValue, Response, header};
+use protocol::kept::{KeptRef, KeptStatus};
+use protocol::{CorrelationId, ErrorCode, TenantId, WireError};
+
+use super::errors::ApiError;
+use super::extract::Bridge;
+use super::job::{self, AnswerFacts, Opening, ParsedRequest, ResponseHeaders};
+use super::repeats::RepeatHeaders;
+use crate::class;
+use crate::json_body::invalid;
+use crate::responses::item::Item;
+use crate::responses::note::{self, Note};
+use crate::responses::request::{self, ResponseRequest, ResponseRequestBody};
+use crate::responses::response::events::Events;
+use crate::responses::response::{self, Heading};
+
+/// Answers a conversation of items. Unless `store` is false, the response can be read again under its id.
+#[utoipa::path(
+    post, path = "/v1/responses", tag = "openai", operation_id = "createResponse", security(("bearer" = [])),
+    params(RepeatHeaders),
+    request_body = ResponseRequestBody,
+    responses(
+        (status = 200, description = "The response, as server-sent events if `stream` is true", content(
+            (response::Response = "application/json"), (String = "text/event-stream"),
+        )),
+        ApiError,
+    ),
+)]
+pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
+    let mut request = match job::ask(&bridge, request, request::parse_response).await {
+        Ok(request) => request,
+        Err(response) => return response,
+    };
+    if let Err(error) = prepare(&bridge, &mut request).await {
+        return job::refused(&request.admitted.refuse(error), request.context.correlation_id);
+    }
+    let ParsedRequest { context, rate, admitted, parsed, last_event_id: _ } = request;
+    let (admitted, job) = match job::identify(&bridge, context, admitted, parsed.job, parsed.stream) {
+        Ok(identified) => identified,
+        Err(response) => return *response,
+    };
+    let response_headers = ResponseHeaders::new(context, &job, rate);
+    let id = response_headers.correlation_id();
+    if parsed.background && !parsed.stream {
+        let kept = KeptRef { tenant_id: admitted.grant.tenant_id.clone(), correlation_id: id };
+        let accepted = bridge.gateway.submit_detached(admitted, job).await;
+        let response = match accepted {
+            Ok(()) => stored::response_of(&bridge, &kept).await,
+            Err(error) => Err(error),
+        };
+        return answered(&bridge, response_headers, response.map(|response| (response, None)));
+    }
+    let now = bridge.gateway.clock().now();
+    let heading = Heading::new(id, parsed.model, parsed.echo, parsed.names, now).with_tier(job.class);
+    let opening = job::open(&bridge, admitted, job);
+    if parsed.stream {
+        return job::stream(&bridge, opening, Events::new(heading), "text/event-stream", response_headers).await;
+    }
+    answered(&bridge, response_headers, whole(opening, heading).await)
+}
+
+/// Adds the earlier conversation to a request, and what is kept of it to its job.
+async fn prepare(bridge: &Bridge, request: &mut ParsedRequest<ResponseRequest>) -> Result<(), WireError> {
+    let tenant_id = request.admitted.grant.tenant_id.clone();
+    if let Some(previous) = request.parsed.previous_response_id.clone() {
+        let earlier = earlier_items(bridge, tenant_id, &previous).await?;
+        request.parsed.continue_after(earlier)?;
+    }
+    let class = class::agreed(request.admitted.class, request.parsed.job.class)?;
+    request.parsed.keep(class::tier(class.unwrap_or_default()))
+}
+
+/// Returns the conversation of a stored response, including its answer.
+async fn earlier_items(bridge: &Bridge, tenant_id: TenantId, previous: &str) -> Result<Vec<Item>, WireError> {
+    const PARAM: &str = "previous_response_id";
+    let missing = |error: WireError| match error.code {
+        ErrorCode::NotFound => invalid(PARAM, "names no stored response; it may have expired or been deleted"),
+        _ => error,
+    };
+    let correlation_id = note::job_of(previous).map_err(missing)?;
+    let kept = KeptRef { tenant_id, correlation_id };
+    let (keeper, answer) = bridge.gateway.kept(&kept).await.map_err(missing)?;
+    if answer.status != KeptStatus::Completed {
+        return Err(invalid(PARAM, "names a response that is not complete"));
+    }
+    let note = Note::read(&answer.note)?;
+    let read = bridge.gateway.read_kept(keeper, &kept).await.map_err(missing)?;
+    let mut items = note.items.clone();
+    items.extend(response::items_of(&Heading::of_kept(correlation_id, note, answer.created_at), &read.whole));
+    Ok(items)
+}
+
+/// Waits for the whole answer.
+async fn whole(opening: Opening, heading: Heading) -> Result<(Response<Body>, Option<AnswerFacts>), WireError> {
+    let mut answer = opening.await?;
+    let whole = answer.collect().await?;
+    let facts = AnswerFacts::of(&answer);
+    Ok((json(response::write_whole(heading, &answer, &whole))?, Some(facts)))
+}
+
+/// Adds the headers of an admitted request.
+fn answered(
+    bridge: &Bridge,
+    headers: ResponseHeaders,
+    response: Result<(Response<Body>, Option<AnswerFacts>), WireError>,
+) -> Response<Body> {
+    match response {
+        Ok((mut response, facts)) => {
+            headers.add(bridge, response.headers_mut(), facts.as_ref());
+            response
+        }
+        Err(error) => headers.failure(bridge, &error),
+    }
+}
+
+fn json(written: serde_json::Result<Vec<u8>>) -> Result<Response<Body>, WireError> {
+    let written = written.map_err(|_| WireError::new(ErrorCode::InternalError, "the answer could not be written"))?;
+    let mut response = Response::new(Body::from(written));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    Ok(response)
+}
+
+/// Names a stored response.
+fn kept_ref(tenant_id: TenantId, id: &str) -> Result<KeptRef, WireError> {
+    let correlation_id: CorrelationId = note::job_of(id)?;
+    Ok(KeptRef { tenant_id, correlation_id })
+}

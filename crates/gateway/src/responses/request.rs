@@ -1,0 +1,115 @@
+//! Parses the bodies of `POST /v1/responses` into jobs. Pure functions that never panic, whatever the input.
+//!
+//! Unknown fields are ignored, and so are tools of unknown types. Known fields that are not supported are refused.
+
+mod body;
+mod tools;
+
+use protocol::WireError;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+
+use super::item::{self, Item};
+use super::note::Note;
+use super::tool_names::ToolNames;
+use crate::job::Job;
+use crate::json_body::read;
+pub(crate) use body::ResponseRequestBody;
+
+/// A parsed request for a response.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ResponseRequest {
+    pub job: Job,
+    /// The model's name as the client wrote it.
+    pub model: String,
+    /// Whether to stream the answer.
+    pub stream: bool,
+    /// Whether the response is stored.
+    pub store: bool,
+    /// Whether the client does not wait for the answer.
+    pub background: bool,
+    /// The response that the conversation continues.
+    pub previous_response_id: Option<String>,
+    /// What the response repeats of the request.
+    pub(crate) echo: Echo,
+    pub(crate) names: ToolNames,
+    /// The conversation up to the answer.
+    pub(crate) items: Vec<Item>,
+}
+
+impl ResponseRequest {
+    /// Puts an earlier conversation before the items of the request. Instructions are not carried over.
+    pub(crate) fn continue_after(&mut self, mut earlier: Vec<Item>) -> Result<(), WireError> {
+        earlier.append(&mut self.items);
+        self.items = earlier;
+        self.job.input.messages = Some(item::messages(self.echo.instructions.as_deref(), &self.items)?);
+        Ok(())
+    }
+
+    /// Adds what is kept of the request to its job, if the response is stored.
+    pub(crate) fn keep(&mut self, service_tier: &str) -> Result<(), WireError> {
+        if !self.store {
+            return Ok(());
+        }
+        let (model, mut echo) = (self.model.clone(), self.echo.clone());
+        service_tier.clone_into(&mut echo.service_tier);
+        let note = Note { model, echo, names: self.names.clone(), items: std::mem::take(&mut self.items) };
+        self.job.note = Some(note.write()?);
+        self.job.detached = self.background;
+        Ok(())
+    }
+}
+
+/// Parses the body of `POST /v1/responses`.
+pub fn parse_response(bytes: &[u8]) -> Result<ResponseRequest, WireError> {
+    read::<ResponseRequestBody>(bytes)?.request()
+}
+
+/// The fields of a response that repeat its request.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Echo {
+    pub(crate) background: bool,
+    instructions: Option<String>,
+    max_output_tokens: Option<u32>,
+    max_tool_calls: Option<u32>,
+    #[schema(value_type = Object)]
+    metadata: Map<String, Value>,
+    parallel_tool_calls: bool,
+    pub(crate) previous_response_id: Option<String>,
+    prompt_cache_key: Option<String>,
+    reasoning: ReasoningEcho,
+    safety_identifier: Option<String>,
+    /// How urgent the request was: `default`, `priority` or `flex`.
+    pub(crate) service_tier: String,
+    store: bool,
+    temperature: Option<f32>,
+    text: TextEcho,
+    #[schema(value_type = Value)]
+    tool_choice: Value,
+    #[schema(value_type = Vec<Object>)]
+    tools: Vec<Value>,
+    top_logprobs: u32,
+    top_p: Option<f32>,
+    truncation: String,
+    user: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[schema(as = ResponseReasoning)]
+struct ReasoningEcho {
+    effort: Option<String>,
+    summary: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[schema(as = ResponseText)]
+struct TextEcho {
+    #[schema(value_type = Object)]
+    format: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verbosity: Option<String>,
+}
+
+#[cfg(test)]
+mod tests;
