@@ -84,6 +84,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("mux_frames", mux_frames),
     ("noise_message", noise_message),
     ("noise_payload", noise_payload),
+    ("ollama_request", ollama_request),
     ("remote_answer", remote_answer),
     ("remote_server", remote_server),
     ("responses_request", responses_request),
@@ -165,6 +166,20 @@ pub fn messages_request(bytes: &[u8]) {
 pub fn responses_request(bytes: &[u8]) {
     if let Ok(request) = gateway::parse_response(bytes) {
         assert_eq!(request.job.input.check(), Ok(()), "what passed is a sound job");
+    }
+}
+
+/// The bodies of Ollama's requests.
+pub fn ollama_request(bytes: &[u8]) {
+    for parse in [gateway::parse_ollama_chat, gateway::parse_ollama_generate] {
+        if let Ok(generation) = parse(bytes) {
+            assert_eq!(generation.job.input.check(), Ok(()), "what passed is a sound job");
+        }
+    }
+    for parse in [gateway::parse_ollama_embed, gateway::parse_ollama_embedding] {
+        if let Ok(vectors) = parse(bytes) {
+            assert_eq!(vectors.job.input.check(), Ok(()), "what passed is a sound job");
+        }
     }
 }
 

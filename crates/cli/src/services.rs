@@ -116,6 +116,7 @@ impl Services {
             membership,
             version: VERSION.to_owned(),
             folder_secret: Some(self.data.make_gateway_secret()?),
+            api_key_file: Some(self.data.api_key_file()),
         };
         let open = match self.open_gateway(&parts).await {
             Err(GatewayError::Bind { address, source }) => {

@@ -259,6 +259,11 @@ impl Answer {
         self.origin
     }
 
+    /// Returns how long the first content took from the request's arrival, once it is there.
+    pub(crate) fn first_piece(&self) -> Option<Duration> {
+        self.record.first_piece()
+    }
+
     /// Returns the token limit of the tenant of which least is left, if it has one.
     pub fn quota(&self) -> Option<QuotaState> {
         self.quota

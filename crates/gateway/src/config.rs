@@ -17,6 +17,12 @@ use serde::{Deserialize, Serialize};
 pub struct Config {
     /// Address on which HTTP is served. Port 0 picks a free port.
     pub bind: SocketAddr,
+    /// Another address, for clients of Ollama that insist on its port, such as `127.0.0.1:11434`. It serves the same as
+    /// `bind`, without TLS. None by default.
+    pub ollama_bind: Option<SocketAddr>,
+    /// Whether requests to `ollama_bind` need an API key. If not, those without one count as this machine's own: they
+    /// use the key in the data folder. Only for a loopback address.
+    pub ollama_needs_key: bool,
     /// Region whose orchestrators and registries the gateway uses. The program sets it.
     #[serde(skip)]
     pub region: Region,
@@ -124,6 +130,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 7070)),
+            ollama_bind: None,
+            ollama_needs_key: true,
             region: "local".parse().expect("`local` is a region's slug"),
             registry_absence: Duration::from_mins(10),
             tls_cert: None,

@@ -1,5 +1,6 @@
 //! The gateway's core: admits requests from HTTP and RPC and submits their jobs to orchestrators.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -69,6 +70,8 @@ pub struct GatewayParts {
     pub version: String,
     /// The secret of its data folder, if it has one.
     pub folder_secret: Option<FolderSecret>,
+    /// The file with this machine's own API key, if it has a data folder.
+    pub api_key_file: Option<PathBuf>,
 }
 
 /// Receives requests, checks them and submits them to orchestrators. Clones share one gateway.
@@ -84,6 +87,7 @@ struct Inner {
     exposition: Exposition,
     version: String,
     folder_secret: Option<FolderSecret>,
+    api_key_file: Option<PathBuf>,
     transport: Arc<dyn Transport>,
     upstream: Upstream,
     /// Keeps `upstream` up to date; taken by [`Gateway::tend`].
@@ -115,6 +119,7 @@ impl Gateway {
             exposition: parts.exposition,
             version: parts.version,
             folder_secret: parts.folder_secret,
+            api_key_file: parts.api_key_file,
             transport: parts.transport,
             upstream,
             upstream_task: Mutex::new(Some(upstream_task)),
@@ -736,6 +741,10 @@ impl Gateway {
 
     pub(crate) fn folder_secret(&self) -> Option<&FolderSecret> {
         self.inner.folder_secret.as_ref()
+    }
+
+    pub(crate) fn api_key_file(&self) -> Option<&Path> {
+        self.inner.api_key_file.as_deref()
     }
 
     pub(crate) fn clock(&self) -> &dyn Clock {

@@ -16,6 +16,8 @@ mod input_tokens;
 mod job;
 mod messages;
 mod models;
+mod ollama;
+mod ollama_port;
 mod openapi;
 mod repeats;
 mod request_body;
@@ -60,6 +62,9 @@ pub enum GatewayError {
     /// A TLS file cannot be used.
     #[error("could not use the TLS file {}: {reason}", path.display())]
     Tls { path: PathBuf, reason: String },
+    /// The address for clients without a key can be reached from other machines.
+    #[error("ollama_needs_key = false needs a loopback ollama_bind such as 127.0.0.1:11434, not {address}")]
+    OpenToOthers { address: SocketAddr },
     /// A configured origin is invalid.
     #[error("cors_origins: {origin:?} is not an origin such as https://app.example.com")]
     Origin { origin: String },
@@ -71,6 +76,17 @@ pub(crate) struct HttpBridge {
     listener: TcpListener,
     address: SocketAddr,
     tls: Option<Tls>,
+    /// The listener for clients of Ollama.
+    ollama: Option<TcpListener>,
+}
+
+/// Binds an address, and returns it with the port that it got.
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), GatewayError> {
+    let bound = TcpListener::bind(address).await.and_then(|listener| {
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    });
+    bound.map_err(|source| GatewayError::Bind { address, source })
 }
 
 impl HttpBridge {
@@ -78,15 +94,15 @@ impl HttpBridge {
         let config = gateway.config();
         router::check_origins(&config.cors_origins)?;
         let tls = Tls::load(config)?;
-        let bound = TcpListener::bind(config.bind).await.and_then(|listener| {
-            let address = listener.local_addr()?;
-            Ok((listener, address))
-        });
-        let (listener, address) = bound.map_err(|source| GatewayError::Bind { address: config.bind, source })?;
+        let (listener, address) = listen(config.bind).await?;
+        let ollama = match config.ollama_bind {
+            Some(address) => Some(ollama_port::bind(address, config).await?),
+            None => None,
+        };
         if tls.is_none() && !address.ip().is_loopback() {
             warn!(%address, "HTTP without TLS beyond this machine: API keys and prompts travel in the clear");
         }
-        Ok(Self { gateway, listener, address, tls })
+        Ok(Self { gateway, listener, address, tls, ollama })
     }
 
     /// Returns the address that it listens on.
@@ -94,10 +110,15 @@ impl HttpBridge {
         self.address
     }
 
+    /// Returns the address for Ollama's clients, if it has one.
+    pub(crate) fn ollama_address(&self) -> Option<SocketAddr> {
+        self.ollama.as_ref().and_then(|listener| listener.local_addr().ok())
+    }
+
     /// Serves until `stop`, then drains: waits for the requests under way, at most for the drain time. Background tasks
     /// run until `drained`.
     pub(crate) async fn run(self, stop: CancellationToken, drained: CancellationToken) {
-        let Self { gateway, listener, address, tls } = self;
+        let Self { gateway, listener, address, tls, ollama } = self;
         let tracker = gateway.tracker().clone();
         let drain = seconds(gateway.config().drain_secs) + CUT_WITHIN;
         let slots = Arc::new(Semaphore::new(gateway.config().connections_max.min(Semaphore::MAX_PERMITS)));
@@ -109,7 +130,7 @@ impl HttpBridge {
         let connections = Connections::new(gateway, tls, stop.clone(), abort.clone());
         info!(%address, "serving HTTP");
         let open = tokio_util::task::TaskTracker::new();
-        let take = |stream: TcpStream, peer: SocketAddr| {
+        let take = |connections: &Connections, stream: TcpStream, peer: SocketAddr| {
             let slot = slots.clone().try_acquire_owned();
             match (slot, connections.permit(peer.ip())) {
                 (Ok(slot), Ok(permit)) => {
@@ -120,18 +141,27 @@ impl HttpBridge {
                 (Err(_), Ok(_)) => turn_away.full(stream, &open),
             }
         };
-        while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
-            match accepted {
-                Ok((stream, peer)) => take(stream, peer),
-                Err(error) => {
-                    debug!(%error, "no connection could be accepted");
-                    time::sleep(ACCEPT_PAUSE).await;
+        let serve = async |listener: TcpListener, connections: Connections| {
+            while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+                match accepted {
+                    Ok((stream, peer)) => take(&connections, stream, peer),
+                    Err(error) => {
+                        debug!(%error, "no connection could be accepted");
+                        time::sleep(ACCEPT_PAUSE).await;
+                    }
                 }
             }
-        }
-        for (stream, peer) in close(listener) {
-            take(stream, peer);
-        }
+            for (stream, peer) in close(listener) {
+                take(&connections, stream, peer);
+            }
+        };
+        let for_ollama = connections.for_ollama();
+        let ollama = async {
+            if let Some(listener) = ollama {
+                serve(listener, for_ollama).await;
+            }
+        };
+        tokio::join!(serve(listener, connections), ollama);
         open.close();
         if time::timeout(drain, open.wait()).await.is_err() {
             warn!(connections = open.len(), "closing connections that did not end in time");

@@ -70,6 +70,15 @@ pub(crate) fn invalid(param: &str, what: &str) -> WireError {
     WireError::new(ErrorCode::InvalidValue, format!("{param} {what}")).with_param(param)
 }
 
+/// Gives a field in an error the name that the client knows it by.
+pub(crate) fn renamed(mut error: WireError, ours: &str, theirs: &str) -> WireError {
+    if error.param.as_deref() == Some(ours) {
+        error.param = Some(theirs.to_owned());
+        error.message = error.message.replacen(ours, theirs, 1);
+    }
+    error
+}
+
 pub(crate) fn missing(param: &str) -> WireError {
     invalid(param, "is missing")
 }

@@ -20,6 +20,7 @@ mod infer_request;
 mod job;
 mod json_body;
 pub mod metrics;
+mod ollama;
 mod open_gateway;
 mod openai;
 mod operations;
@@ -41,6 +42,10 @@ pub use http_bridge::GatewayError;
 pub use infer_request::parse_infer;
 pub use job::Job;
 pub use metrics::Metrics;
+pub use ollama::request::{
+    OllamaGeneration, OllamaVectors, parse_ollama_chat, parse_ollama_embed, parse_ollama_embedding,
+    parse_ollama_generate,
+};
 pub use open_gateway::OpenGateway;
 pub use openai::request::{Encoding, Generation, Vectors, parse_chat, parse_completion, parse_embeddings};
 pub use request_context::{AdmittedRequest, Origin, RequestContext};

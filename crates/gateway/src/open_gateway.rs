@@ -35,6 +35,11 @@ impl OpenGateway {
         self.http.address()
     }
 
+    /// Returns the address for Ollama's clients, if it has one.
+    pub fn ollama_address(&self) -> Option<SocketAddr> {
+        self.http.ollama_address()
+    }
+
     /// Returns the gateway, for use while it runs.
     pub fn gateway(&self) -> &Gateway {
         &self.gateway

@@ -64,6 +64,10 @@ impl RequestRecord {
         self.started
     }
 
+    pub(crate) fn first_piece(&self) -> Option<Duration> {
+        self.first_piece
+    }
+
     pub(crate) fn of_key(&mut self, key_id: &str) {
         key_id.clone_into(&mut self.key_id);
     }

@@ -13,7 +13,7 @@ use protocol::infer::{FinishReason, InferRequest};
 use protocol::jobs::AttemptRecord;
 use protocol::model::ModelKey;
 use protocol::usage::TokenUsage;
-use protocol::{Clock, Digest, ErrorCode, Region, UnixMillis, WireError, WorkerId};
+use protocol::{Clock, CorrelationId, Digest, ErrorCode, Region, TenantId, UnixMillis, WireError, WorkerId};
 use rpc::backoff::Backoff;
 use tokio::time;
 use tokio_util::sync::CancellationToken;

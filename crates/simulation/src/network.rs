@@ -277,6 +277,7 @@ impl Network {
             metrics: gateway::Metrics::register(&mut metrics, shed),
             exposition: Exposition::new(metrics),
             folder_secret: None,
+            api_key_file: None,
             version: "0".into(),
         };
         let rate_limit = gateway::RateLimitConfig { requests_per_minute: 0, burst: 1 };

@@ -221,6 +221,7 @@ impl Network {
             exposition: metrics.exposition,
             membership,
             folder_secret: None,
+            api_key_file: None,
             version: "0".into(),
         };
         let config = gateway::Config { bind: ([127, 0, 0, 1], 0).into(), ..gateway::Config::default() };

@@ -1,6 +1,6 @@
 //! The trait for formats of streamed answers.
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use protocol::WireError;
 
 use super::{Answer, Piece};
@@ -17,5 +17,5 @@ pub(crate) trait StreamFormat: Send + Unpin + 'static {
     fn failure(&mut self, error: &WireError, out: &mut BytesMut);
 
     /// Returns the bytes to write when no piece has arrived for a while.
-    fn keep_alive(&self) -> &'static [u8];
+    fn keep_alive(&self) -> Bytes;
 }

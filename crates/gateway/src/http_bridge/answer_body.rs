@@ -166,7 +166,7 @@ impl<F: StreamFormat> http_body::Body for AnswerBody<F> {
         }
         std::task::ready!(body.poll_silence(context));
         body.silent_since = Instant::now();
-        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(body.format.keep_alive())))))
+        Poll::Ready(Some(Ok(Frame::data(body.format.keep_alive()))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -191,8 +191,8 @@ mod tests {
             out.extend_from_slice(error.code.as_str().as_bytes());
         }
 
-        fn keep_alive(&self) -> &'static [u8] {
-            b"alive"
+        fn keep_alive(&self) -> Bytes {
+            Bytes::from_static(b"alive")
         }
     }
 

@@ -3,11 +3,11 @@
 use axum::body::Body;
 use axum::extract::{Request, State};
 use http::Response;
-use protocol::{ErrorCode, WireError};
+use protocol::WireError;
 
 use super::errors::{self, ApiError};
 use super::extract::Bridge;
-use super::job::{self, AnswerFacts, Opening, ResponseHeaders};
+use super::job::{self, ResponseHeaders};
 use super::repeats::RepeatHeaders;
 use crate::openai::Endpoint;
 use crate::openai::request::{self, CompletionRequest, Generation};
@@ -59,21 +59,8 @@ pub(super) async fn generate(
         let opening = job::resumed(opening, last_event_id);
         return job::stream(bridge, opening, format, "text/event-stream", response_headers).await;
     }
-    match whole(opening, &heading).await {
-        Ok((mut response, facts)) => {
-            response_headers.add(bridge, response.headers_mut(), Some(&facts));
-            response
-        }
-        Err(error) => response_headers.failure(bridge, &error),
-    }
-}
-
-/// Waits for the whole answer.
-async fn whole(opening: Opening, heading: &Heading) -> Result<(Response<Body>, AnswerFacts), WireError> {
-    let mut answer = opening.await?;
-    let whole = answer.collect().await?;
-    let facts = AnswerFacts::of(&answer);
-    let written = write_whole(heading, &answer, &whole);
-    let written = written.map_err(|_| WireError::new(ErrorCode::InternalError, "the answer could not be written"))?;
-    Ok((errors::json(&written), facts))
+    job::collect(bridge, opening, response_headers, |answer, whole| {
+        Ok(errors::json(&write_whole(&heading, answer, whole).map_err(|_| job::unwritable())?))
+    })
+    .await
 }

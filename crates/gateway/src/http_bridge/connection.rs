@@ -26,6 +26,7 @@ use super::client_address::{client_address, is_proxy};
 use super::dialect::Dialect;
 use super::errors;
 use super::extract::{ArrivedAt, Bridge};
+use super::ollama_port;
 use super::reset_limit::ResetLimit;
 use super::router;
 use super::timeouts::{Activity, ConnectionTimeouts, TrackedBody, Watched};
@@ -57,6 +58,16 @@ const PING_WITHIN: Duration = Duration::from_secs(20);
 #[derive(Clone)]
 pub(super) struct Connections {
     shared: Arc<Shared>,
+    tls: Option<Tls>,
+    /// Whether the clients are Ollama's.
+    is_ollama: bool,
+}
+
+/// How a connection came in.
+#[derive(Clone, Copy)]
+struct Door {
+    is_tls: bool,
+    is_ollama: bool,
 }
 
 struct Shared {
@@ -64,7 +75,6 @@ struct Shared {
     router: Router,
     server: Builder<Tracked>,
     timeouts: ConnectionTimeouts,
-    tls: Option<Tls>,
     /// Connections of each address, and requests of each address behind a trusted proxy.
     per_address: OriginPermits,
     resets: ResetLimit,
@@ -94,7 +104,13 @@ impl Connections {
         let router = router::router(Bridge { gateway: gateway.clone(), stop: stop.clone() });
         let server = server(gateway.tracker().clone());
         let (per_address, resets) = (OriginPermits::default(), ResetLimit::new());
-        Self { shared: Arc::new(Shared { gateway, router, server, timeouts, tls, per_address, resets, stop, abort }) }
+        let shared = Arc::new(Shared { gateway, router, server, timeouts, per_address, resets, stop, abort });
+        Self { shared, tls, is_ollama: false }
+    }
+
+    /// Returns the connections of Ollama's clients. They share all limits with the others.
+    pub(super) fn for_ollama(&self) -> Self {
+        Self { shared: self.shared.clone(), tls: None, is_ollama: true }
     }
 
     /// Returns the permit of a connection. A trusted proxy needs none, because its connections carry the requests of
@@ -104,21 +120,21 @@ impl Connections {
     }
 
     pub(super) fn is_tls(&self) -> bool {
-        self.shared.tls.is_some()
+        self.tls.is_some()
     }
 
     /// Serves a connection to its end.
     pub(super) async fn serve(&self, stream: TcpStream, peer: SocketAddr) {
-        let shared = &self.shared;
+        let (shared, is_ollama) = (&self.shared, self.is_ollama);
         // With Nagle's algorithm a token would wait for the acknowledgement of the previous one.
         if let Err(error) = stream.set_nodelay(true) {
             debug!(%error, "no TCP_NODELAY");
         }
         let Ok(arrived_at) = stream.local_addr().map(ArrivedAt) else { return };
-        match &shared.tls {
-            None => shared.drive(stream, peer.ip(), arrived_at).await,
+        match &self.tls {
+            None => shared.drive(stream, peer.ip(), arrived_at, Door { is_tls: false, is_ollama }).await,
             Some(tls) => match time::timeout(shared.timeouts.head, tls.accept(stream)).await {
-                Ok(Ok(stream)) => shared.drive(stream, peer.ip(), arrived_at).await,
+                Ok(Ok(stream)) => shared.drive(stream, peer.ip(), arrived_at, Door { is_tls: true, is_ollama }).await,
                 Ok(Err(error)) => debug!(%error, "TLS handshake failed"),
                 Err(_) => debug!("TLS handshake took too long"),
             },
@@ -132,6 +148,7 @@ impl Shared {
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         peer: IpAddr,
         arrived_at: ArrivedAt,
+        door: Door,
     ) {
         let activity = Arc::new(Activity::begin());
         let excess = CancellationToken::new();
@@ -150,7 +167,7 @@ impl Shared {
             async move {
                 let mut unanswered = shared.resets.watch(Origin::of(peer), excess, end);
                 let is_head = request.method() == Method::HEAD;
-                let (response, permit) = shared.respond(request, peer).await;
+                let (response, permit) = shared.respond(request, peer, door).await;
                 if is_head {
                     unanswered.answered();
                 }
@@ -191,7 +208,18 @@ impl Shared {
     }
 
     /// Answers a request. The permit is held until the response is sent.
-    async fn respond(&self, request: Request<Incoming>, peer: IpAddr) -> (Response<Body>, Option<OriginPermit>) {
+    async fn respond(
+        &self,
+        mut request: Request<Incoming>,
+        peer: IpAddr,
+        door: Door,
+    ) -> (Response<Body>, Option<OriginPermit>) {
+        if door.is_ollama {
+            if ollama_port::is_greeting(&request) {
+                return (ollama_port::greet(), None);
+            }
+            ollama_port::add_key(&mut request, &self.gateway).await;
+        }
         let (origin, permit) = self.identify(&request, peer);
         let dialect = Dialect::of(request.uri().path(), request.headers());
         let (response, permit) = match permit {
@@ -199,7 +227,7 @@ impl Shared {
             Err(TooMany) => (errors::failure(&too_many(self.gateway.config())), None),
         };
         let mut response = dialect.shape(response);
-        harden(response.headers_mut(), self.tls.is_some());
+        harden(response.headers_mut(), door.is_tls);
         (response, permit)
     }
 

@@ -1,10 +1,11 @@
 //! The dialect of a request: the API whose clients send it. It determines the shape of error responses.
 //!
 //! Handlers build errors in OpenAI's format and leave the error itself in the response. Here it is written again in
-//! the format of the other dialect, so that also unknown paths and refused connections come out right.
+//! the format of another dialect, so that also unknown paths and refused connections come out right.
 
 use axum::body::Body;
 use axum::extract::FromRequestParts;
+use bytes::BytesMut;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, Response, StatusCode, header};
 use protocol::WireError;
@@ -12,6 +13,7 @@ use std::convert::Infallible;
 
 use super::errors::{self, REQUEST_ID};
 use crate::anthropic::response::error::{self as anthropic, ErrorBody};
+use crate::ollama::response as ollama;
 
 /// Every client of Anthropic's API sends this header.
 pub(super) const ANTHROPIC_VERSION: &str = "anthropic-version";
@@ -24,13 +26,20 @@ pub(super) enum Dialect {
     /// OpenAI's, and Tether's own, which has the same errors.
     OpenAi,
     Anthropic,
+    Ollama,
 }
 
 impl Dialect {
     pub(super) fn of(path: &str, headers: &HeaderMap) -> Self {
         let is_messages =
             path.strip_prefix("/v1/messages").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-        if is_messages || headers.contains_key(ANTHROPIC_VERSION) { Self::Anthropic } else { Self::OpenAi }
+        if path.starts_with("/api/") {
+            Self::Ollama
+        } else if is_messages || headers.contains_key(ANTHROPIC_VERSION) {
+            Self::Anthropic
+        } else {
+            Self::OpenAi
+        }
     }
 
     /// Gives a response the shape that clients of this dialect expect.
@@ -38,6 +47,7 @@ impl Dialect {
         match self {
             Self::OpenAi => response,
             Self::Anthropic => shape_anthropic(response),
+            Self::Ollama => shape_ollama(response),
         }
     }
 }
@@ -63,6 +73,14 @@ fn shape_anthropic(mut response: Response<Body>) -> Response<Body> {
     Response::from_parts(parts, body)
 }
 
+fn shape_ollama(mut response: Response<Body>) -> Response<Body> {
+    let Some(error) = response.extensions_mut().remove::<WireError>() else { return response };
+    let mut body = BytesMut::new();
+    ollama::write_error(&error, &mut body);
+    response.headers_mut().remove(header::CONTENT_LENGTH);
+    response.map(|_| Body::from(body.freeze()))
+}
+
 #[cfg(test)]
 mod tests {
     use http::HeaderValue;
@@ -83,6 +101,9 @@ mod tests {
             ("/v1/models", &none, Dialect::OpenAi),
             ("/v1/models", &versioned, Dialect::Anthropic),
             ("/v1/chat/completions", &none, Dialect::OpenAi),
+            ("/api/chat", &none, Dialect::Ollama),
+            ("/api/nothing", &versioned, Dialect::Ollama),
+            ("/apiary", &none, Dialect::OpenAi),
         ] {
             assert_eq!(Dialect::of(path, headers), expected, "{path}");
         }

@@ -2,7 +2,7 @@
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use bytes::{BufMut as _, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
 use http::Response;
 use protocol::WireError;
 
@@ -63,7 +63,7 @@ impl StreamFormat for Lines {
         out.put_u8(b'\n');
     }
 
-    fn keep_alive(&self) -> &'static [u8] {
-        b"\n"
+    fn keep_alive(&self) -> Bytes {
+        Bytes::from_static(b"\n")
     }
 }

@@ -3,13 +3,12 @@
 use axum::body::Body;
 use axum::extract::{Request, State};
 use http::Response;
-use protocol::WireError;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::errors::{self, ApiError};
 use super::extract::Bridge;
-use super::job::{self, AnswerFacts, Opening, ResponseHeaders};
+use super::job::{self, ResponseHeaders};
 use crate::answer;
 use crate::openai::request::{self, ChatCompletionRequest};
 
@@ -43,19 +42,9 @@ pub(super) async fn count(State(bridge): State<Bridge>, request: Request) -> Res
         Err(response) => return *response,
     };
     let response_headers = ResponseHeaders::new(request.context, &job, request.rate);
-    match whole(job::open(&bridge, admitted, job)).await {
-        Ok((mut response, facts)) => {
-            response_headers.add(&bridge, response.headers_mut(), Some(&facts));
-            response
-        }
-        Err(error) => response_headers.failure(&bridge, &error),
-    }
-}
-
-async fn whole(opening: Opening) -> Result<(Response<Body>, AnswerFacts), WireError> {
-    let mut answer = opening.await?;
-    let counted = answer.collect().await?.input_tokens;
-    let facts = AnswerFacts::of(&answer);
-    let input_tokens = counted.ok_or_else(|| answer::broken("the answer has no number of tokens"))?;
-    Ok((errors::json(&InputTokens { object: "response.input_tokens", input_tokens }), facts))
+    job::collect(&bridge, job::open(&bridge, admitted, job), response_headers, |_, whole| {
+        let input_tokens = whole.input_tokens.ok_or_else(|| answer::broken("the answer has no number of tokens"))?;
+        Ok(errors::json(&InputTokens { object: "response.input_tokens", input_tokens }))
+    })
+    .await
 }

@@ -170,6 +170,11 @@ pub(super) async fn stream<F: StreamFormat>(
     response
 }
 
+/// Returns the error of an answer that its endpoint cannot write.
+pub(super) fn unwritable() -> WireError {
+    WireError::new(ErrorCode::InternalError, "the answer could not be written")
+}
+
 /// The headers of a response that describe its request.
 #[derive(Clone, Copy)]
 pub(super) struct ResponseHeaders {

@@ -3,7 +3,6 @@
 use axum::body::Body;
 use axum::extract::{Request, State};
 use http::Response;
-use protocol::{ErrorCode, WireError};
 
 use super::errors::{self, MessageError};
 use super::extract::Bridge;
@@ -44,10 +43,7 @@ pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Re
         return job::stream(&bridge, opening, Events::new(heading), "text/event-stream", response_headers).await;
     }
     job::collect(&bridge, opening, response_headers, |answer, whole| {
-        let written = write_whole(heading, answer, whole);
-        let written =
-            written.map_err(|_| WireError::new(ErrorCode::InternalError, "the answer could not be written"))?;
-        Ok(errors::json(&written))
+        Ok(errors::json(&write_whole(heading, answer, whole).map_err(|_| job::unwritable())?))
     })
     .await
 }

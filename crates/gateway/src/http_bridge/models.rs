@@ -3,7 +3,9 @@
 use axum::body::Body;
 use axum::extract::State;
 use http::Response;
+use protocol::WireError;
 use protocol::control::Scope;
+use protocol::model::ModelRef;
 use utoipa::{IntoParams, ToSchema};
 
 use super::dialect::Dialect;
@@ -52,14 +54,19 @@ pub(super) async fn list(
     dialect: Dialect,
     inquiry: Inquiry,
 ) -> Result<Response<Body>, ApiError> {
+    let list = served(&bridge, &inquiry).await?;
+    Ok(match dialect {
+        Dialect::Anthropic => errors::json(&ModelPage::of(&list)),
+        Dialect::OpenAi | Dialect::Ollama => errors::json(&list),
+    })
+}
+
+/// Returns the models that a worker serves and an API key may use.
+pub(super) async fn served(bridge: &Bridge, inquiry: &Inquiry) -> Result<ModelList, WireError> {
     let gateway = &bridge.gateway;
     let grant = gateway.authenticate(inquiry.token.as_deref(), inquiry.context.origin, Scope::Infer).await?;
     let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
-    let list = ModelList::served(&models, &fleet, &grant.policy);
-    Ok(match dialect {
-        Dialect::OpenAi => errors::json(&list),
-        Dialect::Anthropic => errors::json(&ModelPage::of(&list)),
-    })
+    Ok(ModelList::served(&models, &fleet, &grant.policy))
 }
 
 /// Returns one model of the list.
@@ -74,22 +81,24 @@ pub(super) async fn get(
     dialect: Dialect,
     inquiry: Inquiry,
 ) -> Result<Response<Body>, ApiError> {
+    let model = named(&bridge, &inquiry, &catalog::parse_ref(&id)?).await?;
+    Ok(match dialect {
+        Dialect::Anthropic => errors::json(&ModelInfo::of(&model)),
+        Dialect::OpenAi | Dialect::Ollama => errors::json(&model),
+    })
+}
+
+/// Returns the model of a name, if a worker serves it and the API key may use it.
+pub(super) async fn named(bridge: &Bridge, inquiry: &Inquiry, named: &ModelRef) -> Result<Model, WireError> {
     let gateway = &bridge.gateway;
     let grant = gateway.authenticate(inquiry.token.as_deref(), inquiry.context.origin, Scope::Infer).await?;
-    let named = catalog::parse_ref(&id)?;
-    let meant = gateway.meant(&named).await?;
+    let meant = gateway.meant(named).await?;
     for target in &meant {
         // Refreshes the cached catalogue if the model is missing, since it may have just been registered.
         let _ = gateway.model(target).await;
     }
     let (models, fleet) = (gateway.models().await?, gateway.fleet().await?);
-    let model = Model::named(&named, &meant, &models, &fleet, &grant.policy);
-    let model = model.ok_or_else(|| catalog::not_found(&id))?;
-    if !model.is_served() {
-        return Err(catalog::not_served(&id).into());
-    }
-    Ok(match dialect {
-        Dialect::OpenAi => errors::json(&model),
-        Dialect::Anthropic => errors::json(&ModelInfo::of(&model)),
-    })
+    let model = Model::named(named, &meant, &models, &fleet, &grant.policy);
+    let model = model.ok_or_else(|| catalog::not_found(&named.to_string()))?;
+    if model.is_served() { Ok(model) } else { Err(catalog::not_served(&named.to_string())) }
 }

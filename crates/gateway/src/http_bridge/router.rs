@@ -17,8 +17,8 @@ use utoipa_axum::routes;
 
 use super::extract::{Bridge, Inquiry, context};
 use super::{
-    GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, messages, models, openapi,
-    responses,
+    GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, messages, models, ollama,
+    openapi, responses,
 };
 
 /// The response headers that pages of other origins may read.
@@ -75,6 +75,15 @@ fn routes() -> OpenApiRouter<Bridge> {
         .routes(routes!(models::list))
         .routes(routes!(models::get))
         .routes(routes!(infer::create))
+        .routes(routes!(ollama::chat))
+        .routes(routes!(ollama::generate))
+        .routes(routes!(ollama::embed))
+        .routes(routes!(ollama::embedding))
+        .routes(routes!(ollama::tags))
+        .routes(routes!(ollama::ps))
+        .routes(routes!(ollama::show))
+        .routes(routes!(ollama::pull))
+        .routes(routes!(ollama::version))
         .routes(routes!(admin::fleet::list))
         .routes(routes!(admin::fleet::decision))
         .routes(routes!(admin::jobs::list))

@@ -18,7 +18,8 @@ pub(crate) use embeddings::EmbeddingRequest;
 pub use embeddings::{Encoding, Vectors, parse_embeddings};
 pub(crate) use format::of_schema;
 pub(crate) use message::{Content, Part, join};
-pub(crate) use tools::check_parameters;
+pub(crate) use texts::{Stop, Texts};
+pub(crate) use tools::{OfferedTool, check_parameters, tools};
 
 /// Maximum tokens of a text completion without a limit; OpenAI's default.
 const COMPLETION_TOKENS: u32 = 16;

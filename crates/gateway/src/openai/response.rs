@@ -2,7 +2,7 @@
 
 mod chunk;
 pub(crate) mod error;
-mod logprobs;
+pub(crate) mod logprobs;
 pub(crate) mod models;
 pub(crate) mod sse;
 mod tool_calls;

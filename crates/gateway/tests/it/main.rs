@@ -10,6 +10,7 @@ mod fake;
 mod framing;
 mod membership;
 mod messages;
+mod ollama;
 mod refusals;
 mod repeats;
 mod responses;
@@ -18,6 +19,7 @@ mod surface;
 mod tls;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +40,8 @@ use fake::Fake;
 /// A running gateway with its peers.
 struct Network {
     address: SocketAddr,
+    /// The address for Ollama's clients, if it has one.
+    ollama: Option<SocketAddr>,
     fake: Fake,
     gateway: Gateway,
     metrics: Exposition,
@@ -75,6 +79,20 @@ impl Network {
         membership: Membership,
         admit: impl Fn(&NodeKey, NodeRole) -> Membership,
     ) -> Self {
+        Self::start_all(config, membership, None, admit).await
+    }
+
+    /// Starts a gateway whose machine has an API key of its own.
+    async fn start_with_key_file(config: Config, file: PathBuf) -> Self {
+        Self::start_all(config, Membership::unchecked(), Some(file), |_, _| Membership::unchecked()).await
+    }
+
+    async fn start_all(
+        config: Config,
+        membership: Membership,
+        api_key_file: Option<PathBuf>,
+        admit: impl Fn(&NodeKey, NodeRole) -> Membership,
+    ) -> Self {
         let network = MemoryNetwork::new();
         let stop = CancellationToken::new();
         let tasks = TaskTracker::new();
@@ -87,16 +105,17 @@ impl Network {
             metrics,
             exposition: exposition.clone(),
             folder_secret: None,
+            api_key_file,
             version: "1.2.3".into(),
         };
         let gateway = Gateway::new(config, parts);
         let bridge = gateway.clone().bind().await.expect("a free port");
-        let address = bridge.address();
+        let (address, ollama) = (bridge.address(), bridge.ollama_address());
         let gateway_stop = stop.child_token();
         let running = gateway_stop.clone();
         tasks.spawn(async move { bridge.run(running).await.expect("runs until it is stopped") });
         let client = reqwest::Client::builder().no_proxy().build().expect("a client");
-        Self { address, fake, gateway, metrics: exposition, client, stop, gateway_stop, tasks }
+        Self { address, ollama, fake, gateway, metrics: exposition, client, stop, gateway_stop, tasks }
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {

@@ -133,6 +133,7 @@ async fn a_configuration_that_cannot_work_is_refused_at_start() {
             metrics,
             exposition,
             folder_secret: None,
+            api_key_file: None,
             version: "0".into(),
         };
         async { Gateway::new(config, parts).bind().await.err().expect("refused") }

@@ -1,6 +1,6 @@
 //! Streams answers as server-sent events in Anthropic's format.
 
-use bytes::{BufMut as _, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
 use protocol::WireError;
 use protocol::infer::ToolCallDelta;
 use protocol::usage::TokenUsage;
@@ -185,8 +185,8 @@ impl StreamFormat for Events {
         put(b"error", &ErrorBody::of(failure, None), out);
     }
 
-    fn keep_alive(&self) -> &'static [u8] {
-        b"event: ping\ndata: {\"type\":\"ping\"}\n\n"
+    fn keep_alive(&self) -> Bytes {
+        Bytes::from_static(b"event: ping\ndata: {\"type\":\"ping\"}\n\n")
     }
 }
 

@@ -10,7 +10,7 @@ use super::texts::Texts;
 use crate::catalog;
 use crate::class;
 use crate::job::Job;
-use crate::json_body::{missing, read};
+use crate::json_body::{missing, read, renamed};
 use crate::published;
 
 /// A parsed request for embedding vectors.
@@ -72,20 +72,11 @@ pub fn parse_embeddings(bytes: &[u8]) -> Result<Vectors, WireError> {
         keep_alive_secs: keep_alive.map(|KeepAlive(secs)| secs),
         ..Input::default()
     };
-    input.check().map_err(|invalid| under_its_name(invalid.into()))?;
+    input.check().map_err(|problem| renamed(problem.into(), "embed", "input"))?;
     let class = service_tier.as_deref().map(class::of_tier).transpose()?.flatten();
     Ok(Vectors {
         job: Job { class, ..Job::new(model, input) },
         model: name,
         encoding: encoding_format.unwrap_or_default(),
     })
-}
-
-/// Renames the field `embed` in an error to OpenAI's `input`.
-fn under_its_name(mut error: WireError) -> WireError {
-    if error.param.as_deref() == Some("embed") {
-        error.param = Some("input".into());
-        error.message = error.message.replacen("embed", "input", 1);
-    }
-    error
 }

@@ -12,7 +12,7 @@ use crate::json_body::invalid;
 
 /// `stop`: one text or several.
 #[derive(Debug)]
-pub(super) struct Stop(pub(super) Vec<String>);
+pub(crate) struct Stop(pub(crate) Vec<String>);
 
 impl PartialSchema for Stop {
     fn schema() -> RefOr<Schema> {
@@ -53,7 +53,7 @@ impl<'de> Deserialize<'de> for Stop {
 
 /// One text or several, each as a string or as tokens.
 #[derive(Debug)]
-pub(super) struct Texts(pub(super) Vec<EmbedInput>);
+pub(crate) struct Texts(pub(crate) Vec<EmbedInput>);
 
 impl Texts {
     /// Converts the texts to the prompt, or to the prompts if there are several.

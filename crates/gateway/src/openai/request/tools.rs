@@ -10,7 +10,7 @@ use crate::json_body::{invalid, missing, refuse_unless, unsupported};
 
 /// A function that the model may call. `strict` is ignored: calls follow the schema whenever the model supports this.
 #[derive(Debug, Deserialize, ToSchema)]
-pub(super) struct OfferedTool {
+pub(crate) struct OfferedTool {
     /// Always `function`.
     #[serde(rename = "type")]
     kind: String,
@@ -30,7 +30,7 @@ struct OfferedFunction {
 }
 
 /// Converts `tools`.
-pub(super) fn tools(offered: Vec<OfferedTool>) -> Result<Vec<Tool>, WireError> {
+pub(crate) fn tools(offered: Vec<OfferedTool>) -> Result<Vec<Tool>, WireError> {
     let convert = |(index, tool): (usize, OfferedTool)| {
         refuse_unless(tool.kind == "function", &format!("tools[{index}].type"))?;
         let function = tool.function.ok_or_else(|| missing(&format!("tools[{index}].function")))?;

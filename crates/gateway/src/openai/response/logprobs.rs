@@ -9,8 +9,8 @@ use utoipa::ToSchema;
 
 /// The log-probabilities of a chat: one entry for each token.
 #[derive(Serialize, ToSchema)]
-pub(super) struct ChatLogprobs<'a> {
-    content: Vec<ChatToken<'a>>,
+pub(crate) struct ChatLogprobs<'a> {
+    pub(crate) content: Vec<ChatToken<'a>>,
     /// Always null.
     #[schema(value_type = Option<String>)]
     refusal: (),
@@ -18,7 +18,7 @@ pub(super) struct ChatLogprobs<'a> {
 
 #[derive(Serialize, ToSchema)]
 #[schema(as = ChatTokenLogprob)]
-struct ChatToken<'a> {
+pub(crate) struct ChatToken<'a> {
     #[serde(flatten)]
     #[schema(inline)]
     token: TopLogprob<'a>,
@@ -73,7 +73,7 @@ impl TextPosition {
 
 impl<'a> ChatLogprobs<'a> {
     /// Returns `None` if there are no tokens, that is, if none were requested.
-    pub(super) fn of(tokens: &'a [TokenLogprob]) -> Option<Self> {
+    pub(crate) fn of(tokens: &'a [TokenLogprob]) -> Option<Self> {
         let content = tokens.iter().map(|token| ChatToken {
             token: top_logprob(token),
             top_logprobs: token.top.iter().map(top_logprob).collect(),

@@ -17,11 +17,11 @@ use crate::published;
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Model {
     /// `name` for the newest version, `name@MAJOR.MINOR` for others; with an adapter, `:adapter` follows.
-    id: String,
+    pub(crate) id: String,
     /// Always `model`.
     object: &'static str,
     /// Time of registration, in seconds since 1970.
-    created: u64,
+    pub(crate) created: u64,
     /// Always `tether`.
     owned_by: &'static str,
     /// Version of the model, as `MAJOR.MINOR`.
@@ -29,9 +29,9 @@ pub(crate) struct Model {
     /// State of the best replica.
     state: ModelProgress,
     /// SHA-256 of the artifact, in hex.
-    digest: String,
+    pub(crate) digest: String,
     /// Context length in tokens.
-    context_length: u32,
+    pub(crate) context_length: u32,
     /// Regions in which workers serve the model.
     regions: BTreeSet<String>,
     /// Number of workers that have the model ready.
@@ -46,7 +46,7 @@ pub(crate) struct Model {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     alternatives: Vec<String>,
     /// Length of the artifact in bytes; 0 for a model of an adopted server.
-    bytes: u64,
+    pub(crate) bytes: u64,
     /// Whether workers never unload the model.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pinned: bool,
@@ -56,7 +56,7 @@ pub(crate) struct Model {
     /// Facts from the model's file.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<published::ModelFacts>)]
-    facts: Option<ModelFacts>,
+    pub(crate) facts: Option<ModelFacts>,
 }
 
 /// State of a model's best replica.
@@ -81,7 +81,7 @@ pub(crate) struct ModelList {
     object: &'static str,
     /// Each version of each model that a worker serves and this API key may use, without an adapter and with each of
     /// its adapters.
-    data: Vec<Model>,
+    pub(crate) data: Vec<Model>,
 }
 
 impl ModelList {
@@ -151,6 +151,11 @@ impl Model {
     /// Returns whether a worker takes jobs for this model.
     pub(crate) fn is_served(&self) -> bool {
         self.state >= ModelProgress::Idle
+    }
+
+    /// Returns whether a worker has this model in memory.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.state == ModelProgress::Ready
     }
 
     /// Merges the models of an alias into one description with the best state of all. Returns `None` if there are no

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use bytes::{BufMut as _, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
 use protocol::infer::{Degraded, FinishReason};
 use protocol::usage::TokenUsage;
 use protocol::{UnixMillis, WireError};
@@ -128,10 +128,10 @@ impl StreamFormat for Sse {
         out.put_slice(b"\n\n");
     }
 
-    fn keep_alive(&self) -> &'static [u8] {
+    fn keep_alive(&self) -> Bytes {
         // No empty line follows: openai-python dispatches an event without data at one, once it has seen an `id:`, and
         // fails to parse it.
-        b": keep-alive\n"
+        Bytes::from_static(b": keep-alive\n")
     }
 }
 

@@ -332,8 +332,8 @@ impl StreamFormat for Events {
         self.writer.write("response.failed", OfResponse { response }, out);
     }
 
-    fn keep_alive(&self) -> &'static [u8] {
-        b": keep-alive\n"
+    fn keep_alive(&self) -> Bytes {
+        Bytes::from_static(b": keep-alive\n")
     }
 }
 

@@ -238,7 +238,7 @@ fn item_id(prefix: &str, heading: &Heading, index: usize) -> String {
 
 /// Returns the items of a whole answer: reasoning, message, calls. An answer without any has an empty message.
 pub(super) fn items(heading: &Heading, choice: &Choice) -> Vec<OutputItem> {
-    let Choice { text, reasoning, tool_calls, logprobs, finish_reason } = choice;
+    let Choice { text, reasoning, tool_calls, logprobs, finish_reason, .. } = choice;
     let is_cut = *finish_reason == FinishReason::Length;
     let has_message = !text.is_empty() || (reasoning.is_empty() && tool_calls.is_empty());
     let count = usize::from(!reasoning.is_empty()) + usize::from(has_message) + tool_calls.len();

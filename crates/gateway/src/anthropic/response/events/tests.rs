@@ -187,5 +187,5 @@ fn a_failure_is_an_event_and_a_wait_is_a_ping() {
     events().failure(&WireError::new(ErrorCode::WorkerFailed, "gone"), &mut out);
     let expected = "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"api_error\",\"message\":\"gone\"},\"request_id\":null}\n\n";
     assert_eq!(out, expected.as_bytes());
-    assert_eq!(events().keep_alive(), b"event: ping\ndata: {\"type\":\"ping\"}\n\n");
+    assert_eq!(&events().keep_alive()[..], b"event: ping\ndata: {\"type\":\"ping\"}\n\n");
 }

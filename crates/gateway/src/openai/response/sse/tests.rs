@@ -234,7 +234,8 @@ fn a_pause_at_any_place_of_a_stream_changes_nothing_for_any_decoder() {
         let expected = decode(&writes.concat());
         assert!(expected.len() >= 3 && expected.iter().all(|event| event.data.starts_with(['{', '['])), "{expected:?}");
         assert!(expected[1].last_event_id > expected[0].last_event_id, "{expected:?}");
-        let keep_alive = std::str::from_utf8(sse(endpoint, true).keep_alive()).expect("text");
+        let keep_alive = sse(endpoint, true).keep_alive();
+        let keep_alive = std::str::from_utf8(&keep_alive).expect("text");
         for offset in 0..=writes.len() {
             for pauses in 1..=2 {
                 let (before, after) = writes.split_at(offset);
