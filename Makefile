@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test simulate linearizability quotas cuts interop rolling drill templates bench bench-gateway bench-engine lint audit fuzz clean
+.PHONY: help build dist demo up test simulate linearizability quotas cuts interop rolling drill points templates bench bench-gateway bench-engine lint audit fuzz clean
 
 # dev shares one build between tests and programs; release is for users.
 PROFILE ?= release
@@ -74,6 +74,11 @@ rolling: build ## Restarts every process of a network in turn while clients ask,
 
 drill: build ## Kills, freezes and cuts off the processes of private networks, and counts what clients lost (KILLS=100, SEED=1)
 	@$(PROGRAM) drill --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
+
+points: ## Kills the processes of private networks at every exact point of a request (KILLS=10, SEED=1)
+	@scripts/setup build
+	scripts/with-progress cargo build --profile $(PROFILE) --package tether --features failpoints --target-dir $(TARGET_DIR)/points
+	$(TARGET_DIR)/points/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/tether drill --campaign point --kills $(or $(KILLS),10) $(if $(SEED),--seed $(SEED))
 
 templates: ## Compares the chat templates of a folder with jinja2 (FOLDER=…)
 	@scripts/setup interop

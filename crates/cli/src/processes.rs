@@ -145,6 +145,12 @@ impl Processes {
         Ok(())
     }
 
+    /// Returns whether a node has ended by itself.
+    pub fn has_ended(&mut self, name: &str) -> bool {
+        let member = self.running.iter_mut().find(|member| member.name == name);
+        member.is_some_and(|member| matches!(member.child.try_wait(), Ok(Some(_))))
+    }
+
     fn log(&self, name: &str) -> PathBuf {
         self.folder.join(name).join("log")
     }

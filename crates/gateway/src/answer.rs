@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use failpoints::failpoint;
 use protocol::infer::{Degraded, Embedding, FinishReason, Input, Origin, TokenLogprob, ToolCallDelta};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::quota::QuotaState;
@@ -278,6 +279,7 @@ impl Answer {
             let message = self.stream.as_mut()?.next().await;
             // A chunk with only progress has served its purpose: it shows that the stream is alive.
             if let Some(piece) = self.take(message) {
+                failpoint!("gateway-piece");
                 return Some(piece);
             }
         }
@@ -308,6 +310,7 @@ impl Answer {
                     self.degraded = Some((**degraded).clone());
                 }
                 if let Some(end) = &piece.end {
+                    failpoint!("gateway-last-piece");
                     self.record.completed(end.reason, end.usage);
                     self.close();
                 }

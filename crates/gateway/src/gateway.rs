@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use failpoints::failpoint;
 use observability::{Exposition, TraceContext};
 use parking_lot::Mutex;
 use protocol::control::{
@@ -400,7 +401,9 @@ impl Gateway {
             let mut request = self.request(&grant, &builds, job, timeouts, &record)?;
             let others = self.cheaper_models(&grant, &builds).await?;
             request.digests.extend(others);
+            failpoint!("gateway-submits");
             let begun = Box::pin(self.begin(request, timeouts, has_key)).await;
+            failpoint!("gateway-begun");
             let begun = begun.map_err(|error| repeat.name_key(error.for_clients()))?;
             if begun.is_repeat() {
                 self.inner.metrics.idempotent_replays.get_or_create(&SourceLabel { source }).inc();

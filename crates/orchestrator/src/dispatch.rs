@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
+use failpoints::failpoint;
 use protocol::infer::{Degraded, FinishReason, InferChunk, Origin, Payload, Progress, START};
 use protocol::model::ModelKey;
 use protocol::quota::QuotaState;
@@ -478,6 +479,7 @@ pub async fn attempt(
             return AttemptEnd::Failed { error, fault, usage: TokenUsage::default() };
         }
     };
+    failpoint!("orchestrator-acknowledged");
     journey.step(JobEvent::Acknowledge);
     journey.acknowledged_at = Some(Instant::now());
     let mut first = None;
@@ -637,10 +639,12 @@ async fn relay(
             return Relay::Failed { error, fault: Fault::None };
         }
         if head.done {
+            failpoint!("orchestrator-last-chunk");
             // The job is settled before its last chunk is sent, so a caller that is gone by now must show here.
             if delivery.wait_until_read().await.is_err() {
                 return Relay::CallerGone;
             }
+            failpoint!("orchestrator-all-read");
             let claimed = head.payload.usage;
             let usage = claimed.map_or_else(|| meter.delivered(), |claimed| meter.bounded(claimed));
             let finish_reason = head.payload.finish_reason;
@@ -657,10 +661,12 @@ async fn relay(
             let end = AttemptEnd::Complete { last_chunk, finish_reason, usage, silence, overclaims };
             return Relay::Complete(end);
         }
+        failpoint!("orchestrator-chunk");
         journey.step(JobEvent::Chunk);
         if delivery.send_metered(&bytes, meter.delivered()).await.is_err() {
             return Relay::CallerGone;
         }
+        failpoint!("orchestrator-chunk-sent");
         journey.charge(meter.delivered());
         journey.journal.record(head.payload.entry(), journey.request.input.echo);
     }

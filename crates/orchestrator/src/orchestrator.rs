@@ -10,6 +10,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use failpoints::failpoint;
 use futures_util::future::join_all;
 use metadata_store::{Finalised, JobStore, StoreError};
 use observability::metrics::ReasonLabel;
@@ -151,6 +152,7 @@ impl Orchestrator {
         if self.is_convicted(&journey) {
             return Err(refusals::crashes_engines());
         }
+        failpoint!("orchestrator-admitted");
         let end = loop {
             let end = self.attempt(&mut journey, delivery).await.unwrap_or_else(AttemptEnd::refused);
             journey.turn = None;
@@ -294,17 +296,21 @@ impl Orchestrator {
         journey.answer_tokens = claim.answer_tokens;
         let (model, history) = (journey.model().clone(), journey.history().to_vec());
         if let Some(reservation) = &mut journey.reservation {
+            failpoint!("orchestrator-moves");
             reservation.reassign(model, worker.worker_id, worker.capacity, claim, history).await?;
+            failpoint!("orchestrator-moved");
         } else {
             let counted = self.reservations.count(worker.worker_id);
             if let Some(turn) = journey.turn.take() {
                 journey.share = turn.taken();
             }
             let cancelled = journey.running.cancelled().clone();
+            failpoint!("orchestrator-reserves");
             let reserved = self
                 .reservations
                 .reserve(&journey.request, journey.fingerprint, counted, worker.capacity, claim, cancelled)
                 .await?;
+            failpoint!("orchestrator-reserved");
             journey.reservation = Some(reserved);
             journey.running.reserved();
             self.tell_quota(journey, delivery).await;
@@ -335,6 +341,7 @@ impl Orchestrator {
         journey.is_dispatched = true;
         let target = dispatch::Target { worker_id, timeouts, context_length };
         let mut hedging = Hedging::new(self, self.hedge_after(worker_id, journey));
+        failpoint!("orchestrator-dispatches");
         Ok(dispatch::attempt(&self.client, target, &stop, &mut hedging, journey, delivery).await)
     }
 
@@ -552,8 +559,10 @@ impl Orchestrator {
         self.decisions.keep(journey.into_decision());
         match (end, settled) {
             (AttemptEnd::Complete { last_chunk, .. }, Ok(Finalised::Settled)) => {
+                failpoint!("orchestrator-settled");
                 // A caller that disconnects now has received everything but the last chunk, and is billed.
                 let _ = delivery.send_last(&last_chunk, usage).await;
+                failpoint!("orchestrator-last-sent");
                 Ok(())
             }
             (AttemptEnd::Complete { .. }, Ok(_)) => {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use artifact_store::ArtifactStore;
 use engine::ModelRuntime;
 use engine::remote::{RemoteRuntime, Timeouts};
+use failpoints::failpoint;
 use protocol::artifact::FETCH;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
@@ -583,6 +584,7 @@ impl Handlers {
 
     async fn run(&self, caller: Caller, job: Job) -> Result<(), Broken> {
         let Job { request, entry, deadline, permit } = job;
+        failpoint!("worker-taken");
         let mut beginning = Box::pin(self.engine.begin(entry, request.clone()));
         let begun = match time::timeout(BEGIN_BEFORE_ACCEPT, &mut beginning).await {
             Ok(Ok(generation)) => Some(generation),
@@ -595,6 +597,7 @@ impl Handlers {
             Err(_) => None,
         };
         let mut reply = caller.accept().await?;
+        failpoint!("worker-accepted");
         let has_begun = CancellationToken::new();
         let answered = {
             let (reply, has_begun) = (&mut reply, &has_begun);
@@ -615,7 +618,10 @@ impl Handlers {
         // The permit is dropped before the caller learns of the end, so that it may send the next job at once.
         drop(permit);
         match answered {
-            Ok(last) => finish(reply, &last).await,
+            Ok(last) => {
+                failpoint!("worker-finishes");
+                finish(reply, &last).await
+            }
             Err(broken) => {
                 if let Broken::Failed(error) = &broken {
                     fail(reply, error.clone()).await;

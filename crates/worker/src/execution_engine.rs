@@ -11,6 +11,7 @@ use std::sync::Arc;
 use engine::{
     AdapterId, Embeddings, EngineError, Event, GenerateRequest, LoadedModel, ModelId, ModelRuntime, unsupported,
 };
+use failpoints::failpoint;
 use futures_util::FutureExt as _;
 use protocol::infer::{EmbedInput, InferChunk, InferRequest};
 use protocol::{ErrorCode, WireError};
@@ -263,7 +264,9 @@ impl ExecutionEngine {
                     None => break None,
                 }
             };
+            failpoint!("worker-chunk");
             writer.send(reply).await?;
+            failpoint!("worker-chunk-sent");
             if writer.has_begun() {
                 has_begun.cancel();
             }

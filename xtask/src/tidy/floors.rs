@@ -7,6 +7,7 @@ use serde_json::Value;
 const FLOORS: &[(&str, u64)] = &[
     ("hyperswarm", 0),
     ("inference", 0),
+    ("failpoints", 0),
     ("kernels", 0),
     ("engine", 0),
     ("protocol", 1),

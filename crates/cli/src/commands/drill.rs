@@ -26,6 +26,7 @@ mod client;
 mod model;
 mod namespaces;
 mod network;
+mod points;
 mod process;
 mod report;
 mod requests;

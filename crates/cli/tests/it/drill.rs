@@ -97,6 +97,22 @@ fn the_cells_of_a_drill_are_listed_and_a_mistyped_one_is_refused() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--list"));
 }
 
+#[cfg(not(feature = "failpoints"))]
+#[test]
+fn a_program_built_without_failpoints_has_none() {
+    let home = Home::new();
+    assert!(!home.well(&["drill", "--list"]).contains("point/"));
+    let found = Command::new("grep").args(["-qa", "FAILPOINT_FILE_OF_TETHER", env!("CARGO_BIN_EXE_tether")]).status();
+    assert_eq!(found.expect("grep runs").code(), Some(1), "the program looks for an armed point");
+}
+
+#[cfg(feature = "failpoints")]
+#[test]
+fn a_process_that_is_killed_at_an_exact_point_loses_doubles_and_breaks_nothing() {
+    let reports = well(&["point"]);
+    assert!(reports.len() >= 14, "{}", reports.len());
+}
+
 #[test]
 fn a_drill_names_the_cells_that_its_machine_does_not_allow() {
     let home = Home::new();

@@ -1,5 +1,6 @@
 //! Reads jobs from the `jobs` table, settles them, and removes old ones.
 
+use failpoints::failpoint;
 use protocol::infer::FinishReason;
 use protocol::jobs::{AttemptRecord, JobQuery, JobStatus, PAGE_MAX};
 use protocol::usage::TokenUsage;
@@ -164,6 +165,7 @@ pub(super) fn finalise(
     if let Some(letter) = &settlement.dead_letter {
         dead_letters::write(connection, job_id, letter)?;
     }
+    failpoint!("store-settles");
     Ok(Ok(outcome))
 }
 

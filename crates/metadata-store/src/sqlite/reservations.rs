@@ -1,5 +1,6 @@
 //! Reservations: a worker's slots, held for the jobs that were sent to it.
 
+use failpoints::failpoint;
 use protocol::jobs::AttemptRecord;
 use protocol::model::ModelKey;
 use protocol::quota;
@@ -33,6 +34,7 @@ pub(super) fn reserve(connection: &Connection, job: &NewJob) -> rusqlite::Result
     }
     if let Some(job_id) = insert_job(connection, job)? {
         hold(connection, job_id, job)?;
+        failpoint!("store-reserves");
         return Ok(Ok(Reserved::New));
     }
     let known = jobs::find(connection, key)?.ok_or(rusqlite::Error::QueryReturnedNoRows)?;

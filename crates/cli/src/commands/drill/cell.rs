@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::network::Setting;
+use super::points::{POINTS, Point};
 
 /// Whose process is injured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +83,8 @@ const STEPS: [(Step, &str, &str); 20] = [
 pub(super) enum Injury {
     /// SIGKILL at a step of a request.
     Kill(Step),
+    /// SIGKILL by the victim itself, at an exact point of its program.
+    Point(Point),
     /// SIGSTOP, and SIGCONT after a while.
     Freeze(Duration),
     /// Its network is cut for a while.
@@ -149,7 +152,9 @@ impl Cell {
         let crowds = [Victim::Worker, Victim::Engine].map(|victim| cell(victim, Injury::Crowd));
         let repeats =
             [Victim::Gateway, Victim::Orchestrator, Victim::Worker].map(|victim| cell(victim, Injury::Repeats));
+        let points = POINTS.iter().map(|point| cell(point.victim, Injury::Point(*point)));
         kills
+            .chain(points)
             .chain(crowds)
             .chain(repeats)
             .chain(freezes)
@@ -168,6 +173,7 @@ impl Cell {
             Injury::FullDisk(_) => Setting::SmallDisks,
             Injury::Skew(_) => Setting::Clocks,
             Injury::Cut(_) => Setting::Cables,
+            Injury::Point(_) => Setting::Points,
             _ => Setting::Plain,
         }
     }
@@ -175,7 +181,7 @@ impl Cell {
     /// Returns how often the cell is run for a number of kills.
     pub(super) fn runs(self, kills: u32) -> u32 {
         match self.injury {
-            Injury::Kill(_) => kills,
+            Injury::Kill(_) | Injury::Point(_) => kills,
             _ => kills.div_ceil(10),
         }
     }
@@ -183,7 +189,7 @@ impl Cell {
     /// Returns what may happen to a request without a key. Only the gateway and the orchestrator have it alone, so what
     /// happens to a worker, an engine or the registry is no excuse for an error.
     pub(super) fn tolerance(self) -> Tolerance {
-        let is_killed = matches!(self.injury, Injury::Kill(_) | Injury::Repeats | Injury::PowerCut);
+        let is_killed = matches!(self.injury, Injury::Kill(_) | Injury::Point(_) | Injury::Repeats | Injury::PowerCut);
         match (self.victim, self.injury) {
             (_, Injury::PowerCut) => Tolerance { errors: true, cuts: true },
             (Victim::Gateway, injury) => {
@@ -199,6 +205,7 @@ impl Cell {
     pub(super) fn described(self) -> String {
         match self.injury {
             Injury::Kill(step) => STEPS.iter().find(|known| known.0 == step).map_or("", |known| known.2).to_owned(),
+            Injury::Point(point) => point.what.to_owned(),
             Injury::Freeze(time) => format!("stands still for {} s (SIGSTOP, SIGCONT)", time.as_secs()),
             Injury::Cut(time) => format!("reaches nobody for {} s", time.as_secs()),
             Injury::FullDisk(time) => format!("its disk, with store and log, is full for {} s", time.as_secs()),
@@ -220,6 +227,7 @@ impl fmt::Display for Cell {
                 let name = STEPS.iter().find(|known| known.0 == step).map_or("", |known| known.1);
                 write!(formatter, "kill/{victim}/{name}")
             }
+            Injury::Point(point) => write!(formatter, "point/{}", point.name),
             Injury::Freeze(time) => write!(formatter, "freeze/{victim}/{}s", time.as_secs()),
             Injury::Cut(time) => write!(formatter, "cut/{victim}/{}s", time.as_secs()),
             Injury::FullDisk(_) => write!(formatter, "disk-full/{victim}"),

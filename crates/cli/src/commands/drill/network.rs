@@ -14,6 +14,7 @@ use protocol::jobs::{JobInfo, JobList, JobStatus};
 use serde_json::Value;
 
 use super::namespaces::{self, Namespace};
+use super::points;
 use super::process::{Frozen, Handle};
 use crate::client::GatewayClient;
 use crate::data_folder::DataFolder;
@@ -59,6 +60,8 @@ pub(super) enum Setting {
     Cables,
     /// Each node has a clock that can be set.
     Clocks,
+    /// Each node kills itself at a point of its program, when told to.
+    Points,
 }
 
 pub(super) struct Network {
@@ -108,6 +111,12 @@ impl Network {
             self.machines = namespaces::lay_cables()?;
             for machine in &self.machines {
                 self.processes.wrap(machine.node, machine.entry());
+            }
+        }
+        if self.setting == Setting::Points {
+            let command = points::wrapper(&self.point_file().display().to_string());
+            for node in NODES {
+                self.processes.wrap(node, command.clone().context("this program has no failpoints")?);
             }
         }
         if self.setting == Setting::SmallDisks {
@@ -166,6 +175,31 @@ impl Network {
     /// Makes a node's clock wrong by so many seconds.
     pub(super) fn set_clock(&self, name: &str, skew_secs: i64) -> anyhow::Result<()> {
         fs::write(self.clock_file(name), (skew_secs * 1000).to_string()).context("could not set a clock")
+    }
+
+    fn point_file(&self) -> PathBuf {
+        self.folder.join("failpoint")
+    }
+
+    /// Arms a point: the first node that comes to it kills itself.
+    pub(super) fn arm(&self, point: &str) -> anyhow::Result<()> {
+        fs::write(self.point_file(), point).context("could not arm a failpoint")
+    }
+
+    /// Waits until one of the nodes has killed itself, and returns which.
+    pub(super) async fn self_killed(&mut self, nodes: &[&'static str]) -> anyhow::Result<&'static str> {
+        let deadline = Instant::now() + READY;
+        loop {
+            if let Some(name) = nodes.iter().find(|name| self.processes.has_ended(name)) {
+                self.processes.kill(name)?;
+                return Ok(name);
+            }
+            if Instant::now() >= deadline {
+                let _ = fs::remove_file(self.point_file());
+                bail!("no node came to the point");
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// Fills the disk of a node until nothing more fits.

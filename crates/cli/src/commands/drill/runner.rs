@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use super::cell::{CROWD, Cell, Injury, REPEATS, SKEWED_FOR, Step, Victim};
 use super::client::{Client, End, Moment, Seen, Tap, TapHandle};
 use super::network::{DRAIN_SECS, Network, WORKERS};
+use super::points::Point;
 use super::process::{Frozen, Handle};
 use super::requests::{Question, Request, RightAnswers, Shape, knows};
 use super::verdict::{Fault, judge};
@@ -150,6 +151,18 @@ pub(super) async fn run(network: &mut Network, run: Run, right: &Arc<RightAnswer
             }
             sample.recovery = recovering.ended().await;
         }
+        Injury::Point(point) => {
+            for _ in 0..COMPANIONS {
+                let wait = Duration::from_millis(random.u64(..COMPANIONS_WITHIN_MS));
+                load.ask_later(Request::draw(right, &mut random), wait);
+            }
+            let killed = killed_at(network, point, &mut load, &mut random).await?;
+            let recovering = pulse.begin();
+            for name in killed {
+                network.restart(name).await?;
+            }
+            sample.recovery = recovering.ended().await;
+        }
         Injury::Crowd | Injury::Repeats => {
             let killed = kill_under_many(network, run.cell, &mut load, &mut random).await?;
             let recovering = pulse.begin();
@@ -279,6 +292,31 @@ async fn kill_at(
     }
     let frozen = network.freeze_engines();
     kill_frozen(network, victim, Some(request.trace), frozen).await
+}
+
+/// Arms a point and sends a request that comes to it. Returns the nodes that have ended.
+async fn killed_at(
+    network: &mut Network,
+    point: Point,
+    load: &mut Load,
+    random: &mut fastrand::Rng,
+) -> anyhow::Result<Vec<&'static str>> {
+    let question = Question::draw(Shape::Text, random);
+    let request = Request::new(question, random.bool(), random.bool(), random);
+    let mut killed = vec![];
+    if point.needs_move {
+        let frozen = network.freeze_engines();
+        load.ask(request.clone(), Tap::default());
+        listed(network, request.trace).await?;
+        network.arm(point.name)?;
+        killed.push(kill_frozen(network, Victim::Worker, Some(request.trace), frozen).await?);
+    } else {
+        network.arm(point.name)?;
+        load.ask(request, Tap::default());
+    }
+    let victims: &[&str] = if point.victim == Victim::Worker { &WORKERS } else { &[node_of(point.victim)] };
+    killed.push(network.self_killed(victims).await?);
+    Ok(killed)
 }
 
 /// Returns what a request asks for that is to come to a step.
@@ -435,7 +473,7 @@ async fn injure(
             network.restart(name).await?;
         }
         Injury::PowerCut => network.cut_power().await?,
-        Injury::Kill(_) | Injury::Crowd | Injury::Repeats => {}
+        Injury::Kill(_) | Injury::Point(_) | Injury::Crowd | Injury::Repeats => {}
     }
     Ok(())
 }

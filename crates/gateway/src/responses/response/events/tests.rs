@@ -285,6 +285,7 @@ fn a_whole_answer_has_the_items_of_its_stream() {
         }],
         logprobs: vec![],
         finish_reason: FinishReason::ToolCalls,
+        stop_sequence: None,
     };
     let whole = serde_json::to_value(super::super::output::items(&events.heading, &choice)).expect("JSON");
     let written = write(&mut events, contents(), FinishReason::ToolCalls);
