@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test simulate linearizability quotas cuts interop rolling drill points templates bench bench-gateway bench-engine lint audit fuzz clean
+.PHONY: help build dist demo up test simulate linearizability quotas cuts interop rolling drill points templates bench bench-gateway bench-engine bench-failover lint audit fuzz clean
 
 # dev shares one build between tests and programs; release is for users.
 PROFILE ?= release
@@ -90,6 +90,12 @@ bench: ## Runs the benchmarks of docs/benchmarks.md
 	@scripts/setup bench
 	BENCH_MODEL=$(abspath $(TARGET_DIR))/bench/qwen2.5-0.5b-q4_0.gguf \
 	  scripts/with-progress cargo bench --workspace --bench '*'
+
+bench-failover: export BENCH_MODELS := $(abspath $(TARGET_DIR))/models/smollm2.gguf $(abspath $(TARGET_DIR))/bench/qwen2.5-0.5b-q4_0.gguf
+bench-failover: ## Measures how long answers pause when their worker is killed, at 500, 8k and 64k tokens of context
+	@scripts/setup bench
+	@scripts/setup test
+	for model in $$BENCH_MODELS; do BENCH_MODEL=$$model scripts/with-progress cargo bench --package tether --bench failover; done
 
 bench-gateway: export BENCH_ROUTERS := $(abspath $(TARGET_DIR))/bench/routers/bin
 bench-gateway: ## Compares the way of a request with other routers, each on one core
