@@ -160,8 +160,8 @@ mod tests {
 
     /// Writes a text in JSON with ASCII only.
     fn ascii(text: &str) -> String {
-        let units: String = text.encode_utf16().map(|unit| format!("\\u{unit:04x}")).collect();
-        format!("\"{units}\"")
+        let units: Vec<_> = text.encode_utf16().map(|unit| format!("\\u{unit:04x}")).collect();
+        format!("\"{}\"", units.concat())
     }
 
     #[test]

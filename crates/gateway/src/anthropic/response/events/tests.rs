@@ -40,7 +40,9 @@ fn end(reason: FinishReason, content: Content) -> Piece {
 
 fn written(pieces: &[Piece]) -> String {
     let (mut events, mut out) = (events(), BytesMut::new());
-    pieces.iter().for_each(|piece| events.piece(piece, &mut out));
+    for piece in pieces {
+        events.piece(piece, &mut out);
+    }
     String::from_utf8(out.to_vec()).expect("text")
 }
 
