@@ -200,11 +200,23 @@ fn add_chat(body: &mut Map<String, Value>, dialect: Dialect, chat: &Chat) -> Res
             _ => return Err(unknown("continue_final_message", dialect)),
         }
     }
-    if !chat.template_options.is_empty() {
-        if !matches!(dialect, Dialect::Vllm | Dialect::Sglang | Dialect::LlamaServer) {
-            return Err(unknown("chat_template_kwargs", dialect));
-        }
-        body.insert("chat_template_kwargs".into(), chat.template_options.clone().into());
+    template_options(chat.template_options.clone(), dialect, body)
+}
+
+/// Writes the variables for the chat template. Other servers have a word for the effort alone. Whether the model reasons at
+/// all is a wish, which our own engine too grants only if the template knows of it.
+fn template_options(
+    mut options: Map<String, Value>,
+    dialect: Dialect,
+    body: &mut Map<String, Value>,
+) -> Result<(), EngineError> {
+    if !matches!(dialect, Dialect::Vllm | Dialect::Sglang | Dialect::LlamaServer) {
+        options.remove("enable_thinking");
+        body.extend(options.remove("reasoning_effort").map(|effort| ("reasoning_effort".to_owned(), effort)));
+        return if options.is_empty() { Ok(()) } else { Err(unknown("chat_template_kwargs", dialect)) };
+    }
+    if !options.is_empty() {
+        body.insert("chat_template_kwargs".into(), options.into());
     }
     Ok(())
 }
@@ -345,6 +357,21 @@ mod tests {
         assert_eq!((&body["continue_final_message"], &body["add_generation_prompt"]), (&json!(true), &json!(false)));
         assert!(said(Dialect::LlamaServer, &request).is_ok());
         assert_eq!(refused(Dialect::Ollama, &request), "continue_final_message");
+    }
+
+    #[test]
+    fn variables_of_templates_are_said_where_they_are_known_and_wishes_nowhere_refused() {
+        let with = |options: Value| {
+            let Value::Object(template_options) = options else { panic!("an object") };
+            let said = Chat { template_options, ..vec![Message::new(Role::User, "hi")].into() };
+            GenerateRequest { input: PromptInput::Chat(said), ..chat() }
+        };
+        let wishes = json!({"enable_thinking": false, "reasoning_effort": "low"});
+        let body = said(Dialect::Vllm, &with(wishes.clone())).expect("said");
+        assert_eq!(body["chat_template_kwargs"], wishes);
+        let body = said(Dialect::Ollama, &with(wishes)).expect("said");
+        assert_eq!((&body["reasoning_effort"], body.get("chat_template_kwargs")), (&json!("low"), None));
+        assert_eq!(refused(Dialect::Ollama, &with(json!({"other": 1}))), "chat_template_kwargs");
     }
 
     #[test]
