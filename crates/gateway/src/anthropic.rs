@@ -3,3 +3,6 @@
 
 pub(crate) mod request;
 pub(crate) mod response;
+
+/// The field by which a client leaves the conversation to the server.
+const THREAD: &str = "thread";

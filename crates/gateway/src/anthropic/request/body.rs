@@ -4,6 +4,7 @@ use protocol::WireError;
 use protocol::infer::{Input, OutputFormat, ToolChoice};
 use protocol::policy::ServiceClass;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
@@ -11,9 +12,10 @@ use utoipa::{PartialSchema, ToSchema};
 use super::MessageOrder;
 use super::conversation::{self, Content, Text, Turn, TurnSchema};
 use super::tools::{OfferedTool, OfferedToolSchema, ToolUse, tools};
+use crate::anthropic::THREAD;
 use crate::catalog;
 use crate::job::Job;
-use crate::json_body::{invalid, missing};
+use crate::json_body::{invalid, missing, refuse_unless};
 
 /// The body of `POST /v1/messages`.
 #[derive(Debug, Deserialize)]
@@ -89,6 +91,9 @@ pub(super) struct Body {
     thinking: Option<Thinking>,
     /// Format and effort of the answer.
     output_config: Option<OutputConfig>,
+    /// Refused. The SDKs then send the whole conversation with each request.
+    #[schema(value_type = Option<Value>)]
+    thread: Option<IgnoredAny>,
     /// How urgent the request is: `auto` leaves this to the header `x-tether-class`.
     service_tier: Option<ServiceTier>,
 }
@@ -177,6 +182,7 @@ impl Body {
         if self.temperature.is_some_and(|temperature| temperature > 1.0) {
             return Err(invalid("temperature", "must be between 0 and 1"));
         }
+        refuse_unless(self.thread.is_none(), THREAD)?;
         let stream = self.stream.unwrap_or(false);
         let class = matches!(self.service_tier, Some(ServiceTier::StandardOnly)).then_some(ServiceClass::Standard);
         let input = self.input()?;

@@ -300,6 +300,7 @@ fn invalid_values_name_their_field() {
         (json!({"temperature": 1.5}), InvalidValue, Some("temperature")),
         (json!({"temperature": -1}), InvalidValue, Some("temperature")),
         (json!({"stop_sequences": [""]}), InvalidValue, Some("stop")),
+        (json!({"thread": {"type": "create"}}), ErrorCode::UnsupportedParameter, Some("thread")),
         (json!({"tool_choice": {"type": "any"}}), InvalidValue, Some("tool_choice")),
         (json!({"tool_choice": {"type": "tool", "name": "f"}}), InvalidValue, Some("tool_choice")),
         (tool(json!({"input_schema": {}})), InvalidValue, Some("tools[0].name")),

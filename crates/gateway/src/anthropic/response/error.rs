@@ -7,6 +7,8 @@ use protocol::{ErrorCode, WireError};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::anthropic::THREAD;
+
 /// Anthropic's status for a service that is overloaded.
 const OVERLOADED: u16 = 529;
 /// Fields that this API names otherwise than the checks, which name them as OpenAI does.
@@ -36,11 +38,24 @@ struct ErrorDetail<'a> {
     r#type: &'static str,
     /// What went wrong and what to do, for people.
     message: Cow<'a, str>,
+    /// What the SDKs need to know to do without a thread.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    details: Option<ErrorDetails>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[schema(as = MessagesErrorDetails)]
+struct ErrorDetails {
+    error_code: &'static str,
+    unsupported: [&'static str; 1],
 }
 
 impl<'a> ErrorBody<'a> {
     pub(crate) fn of(error: &'a WireError, request_id: Option<&'a str>) -> Self {
-        let detail = ErrorDetail { r#type: error_type(error.code), message: message(error) };
+        let is_thread = error.code == ErrorCode::UnsupportedParameter && error.param.as_deref() == Some(THREAD);
+        let details = ErrorDetails { error_code: "thread_unsupported_request", unsupported: [THREAD] };
+        let details = is_thread.then_some(details);
+        let detail = ErrorDetail { r#type: error_type(error.code), message: message(error), details };
         Self { r#type: "error", error: detail, request_id }
     }
 }
@@ -129,6 +144,13 @@ mod tests {
             "type": "error", "error": {"type": "not_found_error", "message": "gone"}, "request_id": "id"
         });
         assert_eq!(written(&WireError::new(ErrorCode::ModelNotFound, "gone")), expected);
+    }
+
+    #[test]
+    fn the_sdks_are_told_to_do_without_a_thread() {
+        let error = WireError::new(ErrorCode::UnsupportedParameter, "no").with_param("thread");
+        let details = serde_json::json!({"error_code": "thread_unsupported_request", "unsupported": ["thread"]});
+        assert_eq!(written(&error)["error"]["details"], details);
     }
 
     #[test]
