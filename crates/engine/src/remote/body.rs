@@ -203,8 +203,8 @@ fn add_chat(body: &mut Map<String, Value>, dialect: Dialect, chat: &Chat) -> Res
     template_options(chat.template_options.clone(), dialect, body)
 }
 
-/// Writes the variables for the chat template. Other servers have a word for the effort alone. Whether the model reasons at
-/// all is a wish, which our own engine too grants only if the template knows of it.
+/// Writes the variables for the chat template. Other servers have a word for the effort alone. Whether the model
+/// reasons at all is a wish, which our own engine too grants only if the template knows of it.
 fn template_options(
     mut options: Map<String, Value>,
     dialect: Dialect,
