@@ -334,7 +334,7 @@ impl Fake {
                 let fake = self.clone();
                 move |_, kept: KeptRef| {
                     let found = fake.kept(&kept).is_ok();
-                    fake.jobs.lock().retain(|job| job.correlation_id != kept.correlation_id);
+                    fake.jobs.lock().retain(|job| !found || job.correlation_id != kept.correlation_id);
                     async move { Ok(KeptRemoved { found }) }
                 }
             })
