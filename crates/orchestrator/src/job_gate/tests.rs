@@ -112,7 +112,7 @@ fn a_job_is_known_to_wait_before_it_looks_for_a_free_slot() {
 #[tokio::test(start_paused = true)]
 async fn a_job_starts_at_once_on_a_worker_that_is_taken_back() {
     let (fleet, gate) = gate(MANY);
-    let (other, until) = (PublicKey([2; 32]), Instant::now() + Duration::from_secs(60));
+    let (other, until) = (PublicKey([2; 32]), Instant::now() + Duration::from_mins(1));
     fleet.update(HealthReport { worker_id: other, pub_key: other, ..report() }, Instant::now());
     fleet.set_aside(other, until);
     let mut position = enter(&gate, job("acme", ServiceClass::Standard, 10));
