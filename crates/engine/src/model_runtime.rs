@@ -13,7 +13,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use async_trait::async_trait;
-use futures_util::Stream;
+use futures_util::stream::BoxStream;
+use futures_util::{Stream, StreamExt};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -395,10 +396,11 @@ pub fn unsupported(parameter: impl Into<String>, reason: impl Into<String>) -> E
 }
 
 /// The events of one generation. Dropping the stream cancels the generation.
-#[derive(Debug)]
-pub struct GenerateStream {
-    events: mpsc::Receiver<Result<Event, EngineError>>,
-    _cancel: DropGuard,
+pub struct GenerateStream(Events);
+
+enum Events {
+    Sent { events: mpsc::Receiver<Result<Event, EngineError>>, _cancel: DropGuard },
+    Read(BoxStream<'static, Result<Event, EngineError>>),
 }
 
 /// The runtime's side of a [`GenerateStream`].
@@ -411,17 +413,28 @@ pub struct GenerateSink {
 }
 
 impl GenerateStream {
-    /// Creates a stream that holds `capacity` unread events, and its sink.
+    /// Creates a stream that holds `capacity` unread events, and a sink that another task sends them to.
     pub fn channel(capacity: usize) -> (GenerateSink, Self) {
         let (sender, events) = mpsc::channel(capacity);
         let cancelled = CancellationToken::new();
         let sink = GenerateSink { events: sender, cancelled: cancelled.clone() };
-        (sink, Self { events, _cancel: cancelled.drop_guard() })
+        (sink, Self(Events::Sent { events, _cancel: cancelled.drop_guard() }))
+    }
+
+    /// Creates a stream of a generation that goes on while its events are waited for, and ends when it is dropped.
+    pub fn of(events: impl Stream<Item = Result<Event, EngineError>> + Send + 'static) -> Self {
+        Self(Events::Read(events.boxed()))
     }
 
     /// Returns the next event, or `None` after the last. Cancel safe.
     pub async fn next(&mut self) -> Option<Result<Event, EngineError>> {
-        self.events.recv().await
+        StreamExt::next(self).await
+    }
+}
+
+impl fmt::Debug for GenerateStream {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("GenerateStream").finish_non_exhaustive()
     }
 }
 
@@ -429,6 +442,9 @@ impl Stream for GenerateStream {
     type Item = Result<Event, EngineError>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.events.poll_recv(context)
+        match &mut self.0 {
+            Events::Sent { events, .. } => events.poll_recv(context),
+            Events::Read(events) => events.poll_next_unpin(context),
+        }
     }
 }

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::stream;
 use parking_lot::RwLock;
 use serde_json::{Value, json};
 use tokio::time::sleep;
@@ -34,6 +35,7 @@ use self::attached::{Attached, RequestPermit};
 use self::continuation::Delivered;
 use self::dialect::{Dialect, Kind, Listed};
 pub use self::discovery::{MODELS_MAX, Survey};
+use self::generation::Generation;
 pub use self::http_client::{AddressError, ServerAddress};
 use self::http_client::{HttpClient, HttpError};
 use crate::hardware::Hardware;
@@ -46,8 +48,6 @@ use crate::model_runtime::{
 
 /// The first id of attached models, so that their ids differ from those of all other runtimes in the process.
 pub const FIRST_ID: u64 = 1 << 63;
-/// The number of events that may wait for a slow reader. After that, the server is slowed down too (backpressure).
-const EVENTS_MAX: usize = 256;
 /// The assumed context length of a model if neither its server nor the caller specifies one.
 const CONTEXT_ASSUMED: u32 = 4_096;
 /// The maximum length of an embedding response: 2,048 vectors as decimal numbers.
@@ -88,7 +88,7 @@ pub struct RemoteRuntime {
     next_id: AtomicU64,
     tasks: TaskTracker,
     stop: CancellationToken,
-    /// Stops the health checks and the generations on drop.
+    /// Stops the health checks and the generations when dropped.
     _end: DropGuard,
 }
 
@@ -105,7 +105,7 @@ impl RemoteRuntime {
     pub fn new(timeouts: Timeouts) -> Self {
         let stop = CancellationToken::new();
         Self {
-            http: HttpClient::new(),
+            http: HttpClient::default(),
             timeouts,
             models: Models::default(),
             next_id: AtomicU64::new(FIRST_ID),
@@ -154,12 +154,11 @@ impl RemoteRuntime {
             }),
         };
         let Listed { name, facts, .. } = listed;
-        let attached = Attached::new(loaded.clone(), server, name, dialect, options.queue_max);
+        let unloaded = self.stop.child_token();
+        let attached = Attached::new(loaded.clone(), server, name, dialect, options.queue_max, unloaded);
         let attached = Arc::new(attached);
         self.models.write().insert(id, attached.clone());
-        let health_checks = health_check(self.http.clone(), self.timeouts, self.models.clone(), attached);
-        let stop = self.stop.clone();
-        self.tasks.spawn(async move { stop.run_until_cancelled(health_checks).await });
+        self.tasks.spawn(health_check(self.http.clone(), self.timeouts, self.models.clone(), attached));
         Ok((loaded, facts))
     }
 
@@ -234,7 +233,7 @@ impl RemoteRuntime {
         let continued = ContinuedText { tokens, ..continued };
         match continuation::within_limit(request, &continued) {
             Some(request) => self.begin(attached, permit, request, Some(Delivered::new(&continued.text, tokens))).await,
-            None => Ok(complete(tokens).await),
+            None => Ok(complete(tokens)),
         }
     }
 
@@ -252,16 +251,12 @@ impl RemoteRuntime {
             () = attached.unloaded.cancelled() => return Err(EngineError::NotLoaded),
             opened = opened => opened.map_err(|error| self.lost(&attached, error))?,
         };
-        let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
         let reader = AnswerReader::new(guessed_tokens(&request.input));
         let reader = match delivered {
             Some(delivered) => reader.after(delivered),
             None => reader,
         };
-        let relaying = generation::relay(response, reader, sink, permit, self.timeouts);
-        let stop = self.stop.clone();
-        self.tasks.spawn(async move { stop.run_until_cancelled(relaying).await });
-        Ok(stream)
+        Ok(Generation::new(response, reader, permit, self.timeouts).into_stream())
     }
 
     fn find(&self, id: ModelId) -> Result<Arc<Attached>, EngineError> {
@@ -415,16 +410,11 @@ fn read_count(counted: &Value) -> Option<u32> {
 }
 
 /// Returns the end of an answer whose limit is reached by what was delivered. No server reads its prompt again.
-async fn complete(tokens: u32) -> GenerateStream {
-    let (sink, stream) = GenerateStream::channel(EVENTS_MAX);
+fn complete(tokens: u32) -> GenerateStream {
     let usage = TokenUsage { completion_tokens: tokens, ..TokenUsage::default() };
     let started = Event::Started { prompt_tokens: 0, cached_tokens: 0 };
     let done = Event::Done { reason: FinishReason::Length, usage, rest: Piece::default() };
-    for event in [started, done] {
-        // There is room for both.
-        let _ = sink.events.send(Ok(event)).await;
-    }
-    stream
+    GenerateStream::of(stream::iter([Ok(started), Ok(done)]))
 }
 
 /// Returns an estimate of a prompt's length at four bytes per token, which is used until its server reports the

@@ -48,8 +48,9 @@ impl Attached {
         name: String,
         dialect: Dialect,
         queue_max: u32,
+        unloaded: CancellationToken,
     ) -> Self {
-        let (unloaded, active, done) = (CancellationToken::new(), AtomicU32::new(0), Mutex::default());
+        let (active, done) = (AtomicU32::new(0), Mutex::default());
         Self { loaded, server, name, dialect, queue_max, unloaded, active, done }
     }
 

@@ -1,38 +1,25 @@
 //! An HTTP/1.1 client for servers. Every wait has a deadline, and every read has a limit.
+//!
+//! Whoever waits for a response drives its connection, so that no other task has to be woken for it.
 
-use std::fmt;
+mod address;
+mod pool;
+mod response;
+
+use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::redirect::Policy;
-use reqwest::{Client, RequestBuilder, Response, Url};
+use bytes::Bytes;
+use http::{Method, StatusCode};
 use serde_json::Value;
 use tokio::time::timeout;
 
-/// The time limit for connecting to a server.
-const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+pub use self::address::{AddressError, ServerAddress};
+use self::pool::Pool;
+pub(super) use self::response::Response;
+
 /// The maximum length of a response that describes something.
 const DESCRIPTION_BYTES_MAX: usize = 4 << 20;
-
-/// The address of a server, and its API key if it needs one.
-#[derive(Clone, PartialEq, Eq)]
-pub struct ServerAddress {
-    root: String,
-    api_key: Option<String>,
-}
-
-/// Why an address is invalid.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum AddressError {
-    /// The address is not a URL.
-    #[error("it is no URL; write it as http://host:port")]
-    Malformed,
-    /// The address requires TLS.
-    #[error("only http:// is spoken; reach a distant server through a tunnel or a proxy of your own that adds TLS")]
-    Scheme,
-    /// The address contains a user name or a password.
-    #[error("it must hold no password; give an API key in its own file")]
-    Password,
-}
 
 /// Why a request to a server failed.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +29,9 @@ pub(super) enum HttpError {
     #[error("the server took too long")]
     TooSlow,
     #[error("the connection to the server broke: {0}")]
-    Broken(reqwest::Error),
+    Broken(#[from] hyper::Error),
+    #[error("the server's API key has characters that a header may not have")]
+    BadKey,
     #[error("the server's answer is too long")]
     TooLong,
     #[error("the server does not list models as OpenAI's API does")]
@@ -51,51 +40,15 @@ pub(super) enum HttpError {
     Refused { status: u16, body: Vec<u8> },
 }
 
-/// A client for any number of servers.
-#[derive(Debug, Clone)]
-pub(super) struct HttpClient(Client);
-
-impl ServerAddress {
-    /// Parses an address, with or without the `/v1` that OpenAI's clients expect.
-    pub fn new(base_url: &str, api_key: Option<String>) -> Result<Self, AddressError> {
-        let url = Url::parse(base_url).map_err(|_| AddressError::Malformed)?;
-        if url.scheme() == "https" {
-            return Err(AddressError::Scheme);
-        }
-        if url.scheme() != "http" || url.query().is_some() || url.fragment().is_some() {
-            return Err(AddressError::Malformed);
-        }
-        if !url.username().is_empty() || url.password().is_some() {
-            return Err(AddressError::Password);
-        }
-        let root = url.as_str().trim_end_matches('/');
-        Ok(Self { root: root.strip_suffix("/v1").unwrap_or(root).to_owned(), api_key })
-    }
-
-    /// Returns the address without its key.
-    pub fn as_str(&self) -> &str {
-        &self.root
-    }
-}
-
-impl fmt::Debug for ServerAddress {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let api_key = self.api_key.as_ref().map(|_| "…");
-        formatter.debug_struct("ServerAddress").field("root", &self.root).field("api_key", &api_key).finish()
-    }
-}
+/// A client for any number of servers. It follows no redirect and uses no proxy: those would send prompts and API keys
+/// to other servers.
+#[derive(Debug, Clone, Default)]
+pub(super) struct HttpClient(Arc<Pool>);
 
 impl HttpClient {
-    pub(super) fn new() -> Self {
-        // A redirect would send prompts and API key to another server, and so would a proxy from the environment.
-        let client = Client::builder().connect_timeout(CONNECT_WITHIN).redirect(Policy::none()).no_proxy();
-        Self(client.tcp_nodelay(true).build().expect("nothing of this depends on the machine"))
-    }
-
     /// Requests a description with GET.
     pub(super) async fn get(&self, server: &ServerAddress, path: &str, within: Duration) -> Result<Vec<u8>, HttpError> {
-        let request = self.0.get(format!("{}{path}", server.root));
-        whole(signed(request, server), DESCRIPTION_BYTES_MAX, within).await
+        self.whole(server, (Method::GET, path, Bytes::new()), DESCRIPTION_BYTES_MAX, within).await
     }
 
     /// Sends a request and reads its response, up to `bytes_max`.
@@ -107,8 +60,7 @@ impl HttpClient {
         bytes_max: usize,
         within: Duration,
     ) -> Result<Vec<u8>, HttpError> {
-        let request = self.0.post(format!("{}{path}", server.root)).json(body);
-        whole(signed(request, server), bytes_max, within).await
+        self.whole(server, (Method::POST, path, json(body)), bytes_max, within).await
     }
 
     /// Requests a description with POST and a body.
@@ -131,32 +83,40 @@ impl HttpClient {
         body: &Value,
         within: Duration,
     ) -> Result<Response, HttpError> {
-        let request = self.0.post(format!("{}{path}", server.root)).json(body);
-        timeout(within, begin(signed(request, server))).await.map_err(|_| HttpError::TooSlow)?
+        let begun = self.begin(server, (Method::POST, path, json(body)));
+        timeout(within, begun).await.map_err(|_| HttpError::TooSlow)?
+    }
+
+    async fn whole(
+        &self,
+        server: &ServerAddress,
+        request: (Method, &str, Bytes),
+        bytes_max: usize,
+        within: Duration,
+    ) -> Result<Vec<u8>, HttpError> {
+        let answer = async { read(self.begin(server, request).await?, bytes_max).await };
+        timeout(within, answer).await.map_err(|_| HttpError::TooSlow)?
+    }
+
+    /// Sends a request and waits for a response that says that it succeeded.
+    async fn begin(
+        &self,
+        server: &ServerAddress,
+        (method, path, body): (Method, &str, Bytes),
+    ) -> Result<Response, HttpError> {
+        let response = self.0.send(server, server.request(method, path, body)?).await?;
+        let status: StatusCode = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        // The body explains the refusal. If it cannot be read, the status alone is returned.
+        let body = read(response, DESCRIPTION_BYTES_MAX).await.unwrap_or_default();
+        Err(HttpError::Refused { status: status.as_u16(), body })
     }
 }
 
-fn signed(request: RequestBuilder, server: &ServerAddress) -> RequestBuilder {
-    match &server.api_key {
-        Some(key) => request.bearer_auth(key),
-        None => request,
-    }
-}
-
-async fn begin(request: RequestBuilder) -> Result<Response, HttpError> {
-    let response = request.send().await?;
-    if response.status().is_success() {
-        return Ok(response);
-    }
-    let status = response.status().as_u16();
-    // The body explains the refusal. If it cannot be read, the status alone is returned.
-    let body = read(response, DESCRIPTION_BYTES_MAX).await.unwrap_or_default();
-    Err(HttpError::Refused { status, body })
-}
-
-async fn whole(request: RequestBuilder, bytes_max: usize, within: Duration) -> Result<Vec<u8>, HttpError> {
-    let answer = async { read(begin(request).await?, bytes_max).await };
-    timeout(within, answer).await.map_err(|_| HttpError::TooSlow)?
+fn json(body: &Value) -> Bytes {
+    body.to_string().into()
 }
 
 async fn read(mut response: Response, bytes_max: usize) -> Result<Vec<u8>, HttpError> {
@@ -167,41 +127,6 @@ async fn read(mut response: Response, bytes_max: usize) -> Result<Vec<u8>, HttpE
         }
         body.extend_from_slice(&piece);
     }
+    response.release();
     Ok(body)
-}
-
-impl From<reqwest::Error> for HttpError {
-    fn from(error: reqwest::Error) -> Self {
-        if error.is_connect() { Self::Unreachable } else { Self::Broken(error.without_url()) }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_may_end_as_openais_clients_write_it() {
-        for text in
-            ["http://127.0.0.1:8000", "http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1/"]
-        {
-            assert_eq!(ServerAddress::new(text, None).expect(text).as_str(), "http://127.0.0.1:8000");
-        }
-        assert_eq!(ServerAddress::new("http://box/llm/v1", None).expect("a path").as_str(), "http://box/llm");
-    }
-
-    #[test]
-    fn what_is_no_address_is_refused_and_keys_are_not_shown() {
-        for (text, error) in [
-            ("localhost:8000", AddressError::Malformed),
-            ("ftp://host", AddressError::Malformed),
-            ("http://host/?key=1", AddressError::Malformed),
-            ("https://host", AddressError::Scheme),
-            ("http://me:secret@host", AddressError::Password),
-        ] {
-            assert_eq!(ServerAddress::new(text, None), Err(error), "{text}");
-        }
-        let address = ServerAddress::new("http://host", Some("sesame".into())).expect("an address");
-        assert!(!format!("{address:?}").contains("sesame"));
-    }
 }
