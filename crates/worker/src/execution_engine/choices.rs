@@ -24,6 +24,7 @@ pub(super) struct Choices {
     runtime: Arc<dyn ModelRuntime>,
     /// The request of the first answer. The others differ in the seed or the prompt.
     request: GenerateRequest,
+    /// Empty if all have the prompt of the request.
     prompts: Vec<PromptInput>,
     plan: Plan,
     side_by_side: usize,
@@ -46,8 +47,8 @@ struct Running {
 }
 
 impl Choices {
-    /// Begins the first of the planned answers to at least one prompt. Errors of the request are returned here, and
-    /// errors of a later prompt when its turn comes.
+    /// Begins the first of the planned answers, to several prompts or to that of the request. Errors of the request are
+    /// returned here, and errors of a later prompt when its turn comes.
     pub(super) async fn begin(
         runtime: Arc<dyn ModelRuntime>,
         request: GenerateRequest,
@@ -192,9 +193,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_others_begin_once_the_prompt_of_the_first_is_evaluated() {
         let (runtime, request) = engine(4, 0, paced()).await;
-        let mut choices = Choices::begin(runtime.clone(), request.clone(), vec![request.input], Plan::new(1, 3), 4)
-            .await
-            .expect("it begins");
+        let mut choices =
+            Choices::begin(runtime.clone(), request.clone(), vec![], Plan::new(1, 3), 4).await.expect("it begins");
         let begun = time::Instant::now();
         let mut starts = vec![];
         while starts.len() < 4 {
@@ -210,9 +210,7 @@ mod tests {
         // Another job holds the queue's only place, so each submission finds the engine full at first.
         let (runtime, request) = engine(1, 1, paced()).await;
         let mut choices =
-            Choices::begin(runtime.clone(), request.clone(), vec![request.input.clone()], Plan::new(1, 3), 1)
-                .await
-                .expect("it begins");
+            Choices::begin(runtime.clone(), request.clone(), vec![], Plan::new(1, 3), 1).await.expect("it begins");
         let mut other = runtime.generate(request).await.expect("the place in the queue");
         let other = TaskTracker::new().spawn(async move { while other.next().await.is_some() {} });
         let mut ended = vec![];
@@ -228,9 +226,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn dropping_them_stops_them_all() {
         let (runtime, request) = engine(4, 0, MockOptions { tokens: 1_000, ..paced() }).await;
-        let mut choices = Choices::begin(runtime.clone(), request.clone(), vec![request.input], Plan::new(1, 3), 4)
-            .await
-            .expect("it begins");
+        let mut choices =
+            Choices::begin(runtime.clone(), request.clone(), vec![], Plan::new(1, 3), 4).await.expect("it begins");
         for _ in 0..12 {
             choices.next().await.expect("it runs");
         }

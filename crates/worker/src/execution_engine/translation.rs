@@ -44,9 +44,9 @@ pub(super) fn prompt(input: &Input) -> PromptInput {
     }
 }
 
-/// Returns all prompts of a job: several texts, or one prompt.
+/// Returns the prompts of a job that has several.
 pub(super) fn prompts(input: &Input) -> Vec<PromptInput> {
-    input.prompts.as_deref().map_or_else(|| vec![prompt(input)], texts)
+    input.prompts.as_deref().map(texts).unwrap_or_default()
 }
 
 /// Returns the engine request for embedding these inputs.
