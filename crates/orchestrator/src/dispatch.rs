@@ -453,12 +453,8 @@ pub async fn attempt(
     delivery: &mut Delivery,
 ) -> AttemptEnd {
     let Target { worker_id, timeouts, context_length } = target;
-    let (body, mut bounds) = {
-        let request = journey.sent();
-        let body = Bytes::from(codec::encode(&*request));
-        let bounds = Bounds::of(&request, body.len(), context_length);
-        (body, bounds)
-    };
+    let body = journey.take_encoded();
+    let mut bounds = Bounds::of(&journey.sent(), body.len(), context_length);
     let deadline = journey.deadline;
     let before = journey.meter.filter(|_| journey.request.delivered.is_some());
     let mut meter = before.map_or_else(|| Meter::new(bounds), |before| before.within(bounds));

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use protocol::control::{AttemptDecision, Decision, QueueWait};
 use protocol::infer::{Degraded, InferRequest, Input};
 use protocol::jobs::AttemptRecord;
@@ -77,6 +78,8 @@ pub struct Journey {
     pub request_bytes: Option<usize>,
     /// The fewest tokens that it could cost on a worker and that its tenant's quotas did not allow.
     pub(crate) tokens_refused: Option<u64>,
+    /// The request as its worker gets it, if it was encoded for the attempt with this number.
+    pub encoded: Option<(u32, Bytes)>,
     /// The model that the request names. A tenant's policy may have removed it from `builds`.
     requested: ModelKey,
     /// The other models that the request names.
@@ -193,6 +196,7 @@ impl Journey {
             answer_tokens: None,
             request_bytes: None,
             tokens_refused: None,
+            encoded: None,
             deadline,
             wants_progress,
             tried: vec![],
@@ -248,6 +252,14 @@ impl Journey {
         let mut request = self.request.clone();
         request.input.max_tokens = answer_tokens;
         Cow::Owned(request)
+    }
+
+    /// Returns the request as its worker gets it, encoded.
+    pub fn take_encoded(&mut self) -> Bytes {
+        match self.encoded.take() {
+            Some((attempt, body)) if attempt == self.request.attempt => body,
+            _ => codec::encode(&*self.sent()).into(),
+        }
     }
 
     /// Returns the model of the current attempt, or the requested one before the first attempt.

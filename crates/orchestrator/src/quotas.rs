@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::future::ready;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use metadata_store::JobStore;
 use parking_lot::Mutex;
@@ -133,10 +134,11 @@ impl Orchestrator {
     pub(crate) fn claim(&self, journey: &mut Journey, worker_id: WorkerId) -> Claim {
         let context_length = self.fleet.context_length(worker_id, journey.model());
         // A part of the answer that was delivered makes the request longer, and the prompt stays the same.
-        if journey.request_bytes.is_none() {
-            let request = journey.limited_to(self.answer_tokens(journey, context_length));
-            journey.request_bytes = Some(codec::encode(&*request).len());
-        }
+        let first = journey.request_bytes.is_none().then(|| {
+            Bytes::from(codec::encode(&*journey.limited_to(self.answer_tokens(journey, context_length))))
+        });
+        journey.request_bytes = journey.request_bytes.or(first.as_ref().map(Bytes::len));
+        journey.encoded = first.map(|body| (journey.request.attempt, body));
         self.claim_within(journey, context_length)
     }
 
