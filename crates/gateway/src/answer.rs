@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use failpoints::failpoint;
+use futures_util::FutureExt as _;
 use protocol::infer::{Degraded, Embedding, FinishReason, Input, Origin, TokenLogprob, ToolCallDelta};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::quota::QuotaState;
@@ -345,7 +346,9 @@ impl Answer {
 
     /// Waits for the orchestrator to end the stream, because dropping it here would look like a cancellation.
     fn close(&mut self) {
-        if let Some(mut stream) = self.stream.take() {
+        let Some(mut stream) = self.stream.take() else { return };
+        // Usually the end comes with the last chunk.
+        if stream.next().now_or_never().is_none() {
             self.tracker.spawn(async move {
                 if time::timeout(CLOSING, stream.next()).await.is_err() {
                     debug!("an orchestrator left a stream open after its last chunk");

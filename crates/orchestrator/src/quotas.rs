@@ -134,9 +134,10 @@ impl Orchestrator {
     pub(crate) fn claim(&self, journey: &mut Journey, worker_id: WorkerId) -> Claim {
         let context_length = self.fleet.context_length(worker_id, journey.model());
         // A part of the answer that was delivered makes the request longer, and the prompt stays the same.
-        let first = journey.request_bytes.is_none().then(|| {
-            Bytes::from(codec::encode(&*journey.limited_to(self.answer_tokens(journey, context_length))))
-        });
+        let first = journey
+            .request_bytes
+            .is_none()
+            .then(|| Bytes::from(codec::encode(&*journey.limited_to(self.answer_tokens(journey, context_length)))));
         journey.request_bytes = journey.request_bytes.or(first.as_ref().map(Bytes::len));
         journey.encoded = first.map(|body| (journey.request.attempt, body));
         self.claim_within(journey, context_length)
