@@ -1,5 +1,6 @@
-//! Jobs a second, each reserved and then settled with every write on the disk before it is answered, with and without
-//! group commit. Pass a folder to measure another disk: `cargo bench -p tether-metadata-store -- /mnt/disk`.
+//! Jobs a second, each reserved and then settled with every write on the disk before it is answered: with and without
+//! group commit, and for a tenant with every limit. Pass a folder to measure another disk:
+//! `cargo bench -p tether-metadata-store -- /mnt/disk`.
 
 #![expect(clippy::print_stdout, reason = "the figures are what this program is for")]
 
@@ -18,6 +19,13 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 const TIME_PER_RUN: Duration = Duration::from_secs(3);
+/// Limits that are never reached.
+const LIMITS: QuotaLimits = QuotaLimits {
+    requests_per_day: Some(u64::MAX >> 16),
+    tokens_per_minute: Some(u64::MAX >> 16),
+    tokens_per_day: Some(u64::MAX >> 16),
+    concurrent_jobs: Some(1_000),
+};
 
 fn main() {
     let folder: PathBuf = std::env::args()
@@ -27,8 +35,13 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime");
     println!("clients  way                    pairs/s   reserve p50   reserve p99");
     for clients in [1, 8, 64] {
-        for (way, group_max) in [("one commit each", 1), ("group commit", StoreOptions::default().group_max)] {
-            let mut times = runtime.block_on(run(&folder, clients, group_max));
+        let group_max = StoreOptions::default().group_max;
+        for (way, group_max, limits) in [
+            ("one commit each", 1, QuotaLimits::default()),
+            ("group commit", group_max, QuotaLimits::default()),
+            ("group commit, limits", group_max, LIMITS),
+        ] {
+            let mut times = runtime.block_on(run(&folder, clients, group_max, limits));
             times.sort_unstable();
             let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize];
             let rate = times.len() as f64 / TIME_PER_RUN.as_secs_f64();
@@ -38,24 +51,24 @@ fn main() {
 }
 
 /// Returns how long each reservation took.
-async fn run(folder: &Path, clients: u16, group_max: usize) -> Vec<Duration> {
+async fn run(folder: &Path, clients: u16, group_max: usize, limits: QuotaLimits) -> Vec<Duration> {
     let folder = tempfile::tempdir_in(folder).expect("a folder for the file");
     let options = StoreOptions { group_max, ..StoreOptions::default() };
     let store = Arc::new(SqliteStore::open(folder.path().join("bench.db"), options).expect("opens"));
     let end = Instant::now() + TIME_PER_RUN;
     let mut tasks = JoinSet::new();
     for client in 0..clients {
-        tasks.spawn(client_loop(Arc::clone(&store), client, end));
+        tasks.spawn(client_loop(Arc::clone(&store), client, limits, end));
     }
     let times = tasks.join_all().await.concat();
     store.close().await.expect("closes");
     times
 }
 
-async fn client_loop(store: Arc<SqliteStore>, client: u16, end: Instant) -> Vec<Duration> {
+async fn client_loop(store: Arc<SqliteStore>, client: u16, limits: QuotaLimits, end: Instant) -> Vec<Duration> {
     let mut times = Vec::new();
     while Instant::now() < end {
-        let job = job(client, times.len() as u64);
+        let job = NewJob { limits, ..job(client, times.len() as u64) };
         let (key, worker_id) = (job.key.clone(), job.worker_id);
         let started = Instant::now();
         assert_eq!(store.reserve(job).await, Ok(Reserved::New));
@@ -69,7 +82,7 @@ async fn client_loop(store: Arc<SqliteStore>, client: u16, end: Instant) -> Vec<
             state: TerminalState::Completed,
             finish_reason: None,
             error: None,
-            is_bounded: false,
+            is_bounded: limits.limits_tokens(),
             usage: Some(TokenUsage {
                 prompt_tokens: 100,
                 completion_tokens: 200,

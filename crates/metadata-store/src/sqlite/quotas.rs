@@ -156,9 +156,12 @@ fn usage(
         (usage.day_tokens, usage.day_requests) = amounts(connection, tenant, Window::Day, now)?;
     }
     if limits.concurrent_jobs.is_some() {
+        // A job is reserved in the day in which it began, and stays there until it ends.
         usage.jobs = connection
-            .prepare_cached("SELECT count(*) FROM reservations WHERE tenant_id = ?1")?
-            .query_row((tenant,), |row| row.get(0))?;
+            .prepare_cached(
+                "SELECT coalesce(sum(requests_reserved), 0) FROM quota_windows WHERE tenant_id = ?1 AND window = ?2",
+            )?
+            .query_row((tenant, Window::Day.as_str()), |row| row.get(0))?;
     }
     Ok(usage)
 }
