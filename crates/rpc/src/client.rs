@@ -237,6 +237,7 @@ impl Client {
     /// have given up its connections. Runs until `stop`.
     pub async fn watch_for_pauses(self, stop: CancellationToken) {
         stop.run_until_cancelled(self.links.watch_for_pauses()).await;
+        self.links.watch_no_more();
     }
 
     /// Clears the backoff of a peer that has shown a sign of life, so that the next call dials it at once.

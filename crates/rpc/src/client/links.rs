@@ -302,6 +302,11 @@ impl Links {
         }
     }
 
+    /// Ends the watch. Without a beat, any two calls would seem to have a pause between them.
+    pub(super) fn watch_no_more(&self) {
+        self.pauses.end();
+    }
+
     fn note_pause(&self) {
         if let Some(stopped) = self.pauses.take() {
             warn!(secs = stopped.as_secs(), "this process was stopped for a while, connections are checked");

@@ -19,6 +19,10 @@ impl Pauses {
         *self.0.lock() = Some(Instant::now());
     }
 
+    pub(super) fn end(&self) {
+        *self.0.lock() = None;
+    }
+
     /// Returns how long the process was stopped, once after each pause.
     pub(super) fn take(&self) -> Option<Duration> {
         let mut last = self.0.lock();
