@@ -251,7 +251,7 @@ impl RemoteRuntime {
             () = attached.unloaded.cancelled() => return Err(EngineError::NotLoaded),
             opened = opened => opened.map_err(|error| self.lost(&attached, error))?,
         };
-        let reader = AnswerReader::new(guessed_tokens(&request.input));
+        let reader = AnswerReader::new(guessed_tokens(&request.input)).stopping_at(request.stop.clone());
         let reader = match delivered {
             Some(delivered) => reader.after(delivered),
             None => reader,
@@ -347,16 +347,17 @@ impl ModelRuntime for RemoteRuntime {
             (PromptInput::Tokens(tokens), _) => return Ok(tokens.len() as u32),
             (PromptInput::Text(text), Dialect::LlamaServer) => json!({"content": text, "add_special": true}),
             (PromptInput::Chat(chat), Dialect::LlamaServer) => {
-                let messages: Value = chat.messages.iter().map(body::message).collect();
-                let templated = self.ask(&attached, "/apply-template", &json!({"messages": messages})).await?;
+                let prompt = body::prompt(chat, attached.dialect)?.into();
+                let templated = self.ask(&attached, "/apply-template", &prompt).await?;
                 json!({"content": templated["prompt"], "add_special": true})
             }
             (PromptInput::Text(text), Dialect::Vllm | Dialect::Sglang) => {
                 json!({"model": attached.name, "prompt": text})
             }
             (PromptInput::Chat(chat), Dialect::Vllm) => {
-                let messages: Value = chat.messages.iter().map(body::message).collect();
-                json!({"model": attached.name, "messages": messages})
+                let mut prompt = body::prompt(chat, attached.dialect)?;
+                prompt.insert("model".into(), attached.name.as_str().into());
+                prompt.into()
             }
             (_, dialect) => {
                 return Err(unsupported(

@@ -30,6 +30,8 @@ pub struct AnswerReader {
     /// What the caller already has of the answer, if another server began it.
     delivered: Option<Delivered>,
     reason: Option<FinishReason>,
+    /// The stop sequences that were requested. Some servers report those of their templates as well.
+    stops: Vec<String>,
     stop_sequence: Option<String>,
     reported: Option<TokenUsage>,
     /// The usage to report if the server reports none.
@@ -48,10 +50,17 @@ impl AnswerReader {
             call_chunks: 0,
             delivered: None,
             reason: None,
+            stops: vec![],
             stop_sequence: None,
             reported: None,
             guess: TokenUsage { prompt_tokens, completion_tokens: 0, cached_tokens: 0, reasoning_tokens: 0 },
         }
+    }
+
+    /// Recognises which of these stop sequences ended the answer.
+    #[must_use]
+    pub fn stopping_at(self, stops: Vec<String>) -> Self {
+        Self { stops, ..self }
     }
 
     /// Begins the rest of an answer. `delivered` is part of its prompt, and counts as part of the answer.
@@ -157,7 +166,7 @@ impl AnswerReader {
         }
         // Other ends of an answer are token ids.
         if let Some(Value::String(stop)) = stop_reason.or(matched_stop) {
-            self.stop_sequence = Some(stop);
+            self.stop_sequence = Some(stop).filter(|stop| self.stops.contains(stop));
         }
         match finish_reason.as_deref() {
             None | Some("") => {}
@@ -356,7 +365,7 @@ mod tests {
     use super::*;
 
     fn read(chunks: &[&str]) -> Result<Vec<Event>, EngineError> {
-        let mut reader = AnswerReader::new(9);
+        let mut reader = AnswerReader::new(9).stopping_at(vec!["END".to_owned()]);
         let mut events = Vec::new();
         for chunk in chunks {
             reader.read(chunk.as_bytes(), &mut events)?;
@@ -400,6 +409,7 @@ mod tests {
         for (told, expected) in [
             (r#""stop_reason":"END""#, Some("END")),
             (r#""matched_stop":"END""#, Some("END")),
+            (r#""matched_stop":"<|im_end|>""#, None),
             (r#""matched_stop":2"#, None),
         ] {
             let last = format!(r#"{{"choices":[{{"text":"a","finish_reason":"stop",{told}}}]}}"#);

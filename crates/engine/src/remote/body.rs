@@ -203,6 +203,14 @@ fn add_chat(body: &mut Map<String, Value>, dialect: Dialect, chat: &Chat) -> Res
     template_options(chat.template_options.clone(), dialect, body)
 }
 
+/// Writes what the prompt of a conversation consists of, for servers that count its tokens.
+pub(super) fn prompt(chat: &Chat, dialect: Dialect) -> Result<Map<String, Value>, EngineError> {
+    let mut body = Map::new();
+    add_chat(&mut body, dialect, chat)?;
+    body.retain(|name, _| !["tool_choice", "parallel_tool_calls"].contains(&name.as_str()));
+    Ok(body)
+}
+
 /// Writes the variables for the chat template. Other servers have a word for the effort alone. Whether the model
 /// reasons at all is a wish, which our own engine too grants only if the template knows of it.
 fn template_options(

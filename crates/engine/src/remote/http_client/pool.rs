@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http::Request;
 use http_body_util::Full;
 use parking_lot::Mutex;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, lookup_host};
 use tokio::time::{Instant, timeout};
 
 use super::response::{Connection, Unsent};
@@ -81,9 +81,21 @@ impl Pool {
 }
 
 async fn connect(server: &ServerAddress) -> Result<Connection, HttpError> {
-    let opened = timeout(CONNECT_WITHIN, TcpStream::connect(&server.socket)).await;
-    let stream = opened.map_err(|_| HttpError::Unreachable)?.map_err(|_| HttpError::Unreachable)?;
+    let opened = timeout(CONNECT_WITHIN, open(server)).await;
+    let stream = opened.ok().flatten().ok_or(HttpError::Unreachable)?;
     // With Nagle's algorithm, the end of a long request would wait for the server's acknowledgement.
     let _ = stream.set_nodelay(true);
     Connection::over(stream).await
+}
+
+/// Tries the addresses of a server one after another. One that does not answer leaves time for the others.
+async fn open(server: &ServerAddress) -> Option<TcpStream> {
+    let addresses: Vec<_> = lookup_host(&server.socket).await.ok()?.collect();
+    let each = CONNECT_WITHIN / addresses.len().max(1) as u32;
+    for address in addresses {
+        if let Ok(Ok(stream)) = timeout(each, TcpStream::connect(address)).await {
+            return Some(stream);
+        }
+    }
+    None
 }
