@@ -91,6 +91,8 @@ pub(super) struct Body {
     thinking: Option<Thinking>,
     /// Format and effort of the answer.
     output_config: Option<OutputConfig>,
+    /// The older name of `output_config.format`.
+    output_format: Option<Format>,
     /// Refused. The SDKs then send the whole conversation with each request.
     #[schema(value_type = Option<Value>)]
     thread: Option<IgnoredAny>,
@@ -195,7 +197,7 @@ impl Body {
         let messages = self.messages.ok_or_else(|| missing("messages"))?;
         let (messages, continue_last) = conversation::convert(self.system, messages)?;
         let (tool_choice, one_call) = self.tool_choice.map_or((ToolChoice::Auto, false), ToolUse::convert);
-        let format = self.output_config.and_then(|config| config.format);
+        let format = self.output_config.and_then(|config| config.format).or(self.output_format);
         Ok(Input {
             messages: Some(messages),
             continue_last,

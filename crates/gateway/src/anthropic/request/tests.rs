@@ -274,8 +274,10 @@ fn thinking_and_effort_are_the_templates_variables() {
 #[test]
 fn a_format_is_a_schema_to_keep() {
     let schema = json!({"type": "object"});
-    let input = input(json!({"output_config": {"format": {"type": "json_schema", "schema": schema}}}));
-    assert_eq!(input.format, OutputFormat::JsonSchema(schema));
+    let format = json!({"type": "json_schema", "schema": schema});
+    for body in [json!({"output_config": {"format": format}}), json!({"output_format": format})] {
+        assert_eq!(input(body).format, OutputFormat::JsonSchema(schema.clone()));
+    }
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Streams answers as server-sent events in Anthropic's format.
 
+use std::collections::BTreeMap;
+
 use bytes::{BufMut as _, Bytes, BytesMut};
 use protocol::WireError;
 use protocol::infer::ToolCallDelta;
@@ -20,7 +22,7 @@ pub(crate) struct Events {
     /// The number of blocks.
     blocks: u32,
     /// The block of each call.
-    calls: Vec<u32>,
+    calls: BTreeMap<u32, u32>,
 }
 
 /// What a block consists of.
@@ -90,7 +92,7 @@ fn put<T: Serialize>(name: &[u8], data: &T, out: &mut BytesMut) {
 
 impl Events {
     pub(crate) fn new(heading: Heading) -> Self {
-        Self { heading, has_begun: false, open: None, blocks: 0, calls: vec![] }
+        Self { heading, has_begun: false, open: None, blocks: 0, calls: BTreeMap::new() }
     }
 
     /// Begins the message with the first piece, which has the usage of the prompt.
@@ -140,14 +142,14 @@ impl Events {
         }
     }
 
-    /// Writes a part of a call. The first part of each call has its id and name.
+    /// Writes a part of a call. The first part of each call has its id and name; some servers repeat them.
     fn call(&mut self, delta: &ToolCallDelta, out: &mut BytesMut) {
-        if let (Some(id), Some(name)) = (&delta.id, &delta.name) {
+        if let (Some(id), Some(name), None) = (&delta.id, &delta.name, self.calls.get(&delta.index)) {
             self.begin_block(Kind::Call, Block::ToolUse { id, name, input: no_input() }, out);
-            self.calls.push(self.blocks - 1);
+            self.calls.insert(delta.index, self.blocks - 1);
         }
         let partial_json = &*delta.arguments;
-        if let Some(block) = self.calls.get(delta.index as usize).filter(|_| !partial_json.is_empty()) {
+        if let Some(block) = self.calls.get(&delta.index).filter(|_| !partial_json.is_empty()) {
             Event::ContentBlockDelta { index: *block, delta: Delta::InputJson { partial_json } }.put(out);
         }
     }

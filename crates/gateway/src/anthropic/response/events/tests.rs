@@ -166,6 +166,15 @@ fn parts_of_several_calls_that_come_mixed_are_put_in_order() {
 }
 
 #[test]
+fn a_call_that_repeats_its_name_stays_one_block() {
+    let repeated = calls(&[(1, Some("f"), "{"), (1, Some("f"), "}")]);
+    let types = blocks(&[repeated, end(FinishReason::ToolCalls, Content::default())]);
+    let types: Vec<_> = types.iter().map(|event| event["type"].as_str().expect("a type").to_owned()).collect();
+    let expected = ["content_block_start", "content_block_delta", "content_block_delta", "content_block_stop"];
+    assert_eq!(types, expected);
+}
+
+#[test]
 fn the_last_piece_may_have_text_and_names_the_stop_sequence() {
     let last = Content { text: "x".into(), stop_sequence: Some("END".into()), ..Content::default() };
     let all = data(&written(&[end(FinishReason::Stop, last)]));
