@@ -2,11 +2,30 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use http::uri::Authority;
 use http::{HeaderMap, header};
 
 use crate::config::{ProxyHeader, ProxyNetwork};
 
 const X_FORWARDED_FOR: &str = "x-forwarded-for";
+
+/// Headers with which proxies say that they passed a request on.
+const PASSED_ON: [&str; 4] = ["forwarded", X_FORWARDED_FOR, "x-real-ip", "via"];
+
+/// Returns whether a request from loopback was made by a program of this machine for itself: no proxy passed it on, and
+/// no web page made it under a name that was pointed at this machine. In HTTP/2, `authority` names the host.
+pub(super) fn is_direct(headers: &HeaderMap, authority: Option<&Authority>, is_own: fn(IpAddr) -> bool) -> bool {
+    let host = match headers.get(header::HOST).map(|host| host.to_str().ok()?.parse().ok()) {
+        Some(None) => return false,
+        Some(host) => host,
+        None => authority.cloned(),
+    };
+    let is_ours = host.is_none_or(|host: Authority| {
+        let name = host.host().trim_matches(['[', ']']);
+        name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(is_own)
+    });
+    is_ours && !PASSED_ON.iter().any(|name| headers.contains_key(*name))
+}
 
 /// Returns whether a peer is a trusted proxy.
 pub(super) fn is_proxy(peer: IpAddr, proxies: &[ProxyNetwork]) -> bool {

@@ -218,7 +218,7 @@ impl Shared {
             if ollama_port::is_greeting(&request) {
                 return (ollama_port::greet(), None);
             }
-            ollama_port::add_key(&mut request, &self.gateway).await;
+            ollama_port::add_key(&mut request, peer, &self.gateway).await;
         }
         let (origin, permit) = self.identify(&request, peer);
         let dialect = Dialect::of(request.uri().path(), request.headers());

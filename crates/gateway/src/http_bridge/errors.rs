@@ -14,6 +14,7 @@ use utoipa::openapi::{self, ContentBuilder, Ref, RefOr, ResponseBuilder};
 use utoipa::{IntoResponses, ToSchema};
 
 use crate::anthropic::response::error as anthropic;
+use crate::ollama::response as ollama;
 use crate::openai::response::error::{self, ErrorBody};
 use crate::request_context::RequestContext;
 
@@ -101,6 +102,15 @@ impl IntoResponses for MessageError {
             STATUSES.map(|(status, meaning)| (anthropic::status_here(status), meaning)),
             &anthropic::ErrorBody::name(),
         )
+    }
+}
+
+/// The errors of Ollama's API, for its description.
+pub(super) struct OllamaError;
+
+impl IntoResponses for OllamaError {
+    fn responses() -> BTreeMap<String, RefOr<openapi::Response>> {
+        describe(STATUSES, &ollama::ErrorBody::name())
     }
 }
 

@@ -1,16 +1,14 @@
 //! Health checks, metrics and the version.
 
-use std::net::IpAddr;
-
 use axum::body::Body;
 use axum::extract::{Extension, State};
-use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Response, header};
 use protocol::control::Scope;
 use protocol::{ErrorCode, WireError};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::client_address::is_direct;
 use super::errors::{self, ApiError};
 use super::extract::{ArrivedAt, Bridge, Inquiry, Segment};
 use crate::config::MetricsAccess;
@@ -174,7 +172,7 @@ async fn check_reader(
     // A proxy on this machine speaks for clients elsewhere, and headers that contradict each other count as its own.
     let is_proxy = |address| gateway.config().trusted_proxies.iter().any(|network| network.contains(address));
     let is_here = matches!(context.origin, Some(Origin::Address(from)) if from.is_loopback() && !is_proxy(from));
-    let is_local = is_here && is_direct(headers);
+    let is_local = is_here && is_direct(headers, None, |_| true);
     match gateway.config().metrics_access {
         MetricsAccess::Anyone => Ok(()),
         MetricsAccess::Local if is_local => Ok(()),
@@ -182,19 +180,6 @@ async fn check_reader(
             gateway.authenticate(token, context.origin, Scope::Admin).await.map(drop)
         }
     }
-}
-
-/// Returns whether a request from loopback was made by a program of this machine for itself: no proxy passed it on, and
-/// no web page made it under a name that was pointed at this machine.
-fn is_direct(headers: &HeaderMap) -> bool {
-    const PASSED_ON: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
-    let host =
-        headers.get(header::HOST).and_then(|host| host.to_str().ok()).and_then(|host| host.parse::<Authority>().ok());
-    let is_own = host.is_none_or(|host| {
-        let name = host.host().trim_matches(['[', ']']);
-        name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
-    });
-    is_own && !PASSED_ON.iter().any(|name| headers.contains_key(*name))
 }
 
 /// Returns the program's version.

@@ -1,5 +1,7 @@
 //! Ollama's API under `/api`.
 
+use std::future::ready;
+
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -8,7 +10,7 @@ use protocol::{ErrorCode, WireError};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::errors::{self, ApiError};
+use super::errors::{self, ApiError, OllamaError};
 use super::extract::{Bridge, Inquiry, context, token};
 use super::job::{self, ParsedRequest, ResponseHeaders};
 use super::{models, request_body};
@@ -35,7 +37,7 @@ const MODEL_BYTES_MAX: usize = 16 * 1024;
         (status = 200, description = "The answer, as lines of JSON unless `stream` is false", content(
             (Line = "application/x-ndjson"), (Line = "application/json"),
         )),
-        ApiError,
+        OllamaError,
     ),
 )]
 pub(super) async fn chat(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
@@ -50,7 +52,7 @@ pub(super) async fn chat(State(bridge): State<Bridge>, request: Request) -> Resp
         (status = 200, description = "The answer, as lines of JSON unless `stream` is false", content(
             (Line = "application/x-ndjson"), (Line = "application/json"),
         )),
-        ApiError,
+        OllamaError,
     ),
 )]
 pub(super) async fn generate(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
@@ -77,8 +79,13 @@ async fn generation(
     };
     let response_headers = ResponseHeaders::new(context, &job, rate);
     let mut heading = Heading::new(endpoint, model, bridge.gateway.clock().now(), context.received);
-    let opening = job::open(bridge, admitted, job);
-    if stream && !only_loads {
+    let mut opening = job::open(bridge, admitted, job);
+    if only_loads {
+        match opening.await {
+            Err(error) if cannot_count(&error) => return errors::json(&response::loaded(&heading, is_kept)),
+            outcome => opening = Box::pin(ready(outcome)),
+        }
+    } else if stream {
         return job::stream(bridge, opening, Lines::new(heading), LINES, response_headers).await;
     }
     job::collect(bridge, opening, response_headers, |answer, whole| {
@@ -86,6 +93,11 @@ async fn generation(
         if only_loads { Ok(errors::json(&response::loaded(&heading, is_kept))) } else { write(&heading, whole) }
     })
     .await
+}
+
+/// Returns whether a server refused to count tokens, which is how a model is loaded here. Servers load their own.
+fn cannot_count(error: &WireError) -> bool {
+    error.code == ErrorCode::UnsupportedParameter && error.param.as_deref() == Some("input")
 }
 
 fn write(heading: &Heading, whole: &Whole) -> Result<Response<Body>, WireError> {
@@ -97,7 +109,7 @@ fn write(heading: &Heading, whole: &Whole) -> Result<Response<Body>, WireError> 
 #[utoipa::path(
     post, path = "/api/embed", tag = "ollama", operation_id = "ollamaEmbed", security(("bearer" = [])),
     request_body = OllamaEmbedRequest,
-    responses((status = 200, description = "The vectors", body = Vectors), ApiError),
+    responses((status = 200, description = "The vectors", body = Vectors), OllamaError),
 )]
 pub(super) async fn embed(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
     let request = match job::ask(&bridge, request, request::parse_ollama_embed).await {
@@ -112,7 +124,7 @@ pub(super) async fn embed(State(bridge): State<Bridge>, request: Request) -> Res
 #[utoipa::path(
     post, path = "/api/embeddings", tag = "ollama", operation_id = "ollamaEmbedding", security(("bearer" = [])),
     request_body = OllamaEmbeddingRequest,
-    responses((status = 200, description = "The vector", body = Vector), ApiError),
+    responses((status = 200, description = "The vector", body = Vector), OllamaError),
 )]
 pub(super) async fn embedding(State(bridge): State<Bridge>, request: Request) -> Response<Body> {
     match job::ask(&bridge, request, request::parse_ollama_embedding).await {
@@ -139,7 +151,7 @@ async fn vectors(
 /// Lists the models that a worker serves and this API key may use.
 #[utoipa::path(
     get, path = "/api/tags", tag = "ollama", operation_id = "ollamaTags", security(("bearer" = [])),
-    responses((status = 200, description = "The models", body = Tags), ApiError),
+    responses((status = 200, description = "The models", body = Tags), OllamaError),
 )]
 pub(super) async fn tags(State(bridge): State<Bridge>, inquiry: Inquiry) -> Result<Json<Tags>, ApiError> {
     Ok(Json(Tags::of(&models::served(&bridge, &inquiry).await?)))
@@ -148,7 +160,7 @@ pub(super) async fn tags(State(bridge): State<Bridge>, inquiry: Inquiry) -> Resu
 /// Lists those of them that a worker has in memory.
 #[utoipa::path(
     get, path = "/api/ps", tag = "ollama", operation_id = "ollamaPs", security(("bearer" = [])),
-    responses((status = 200, description = "The models", body = Tags), ApiError),
+    responses((status = 200, description = "The models", body = Tags), OllamaError),
 )]
 pub(super) async fn ps(State(bridge): State<Bridge>, inquiry: Inquiry) -> Result<Json<Tags>, ApiError> {
     Ok(Json(Tags::in_memory(&models::served(&bridge, &inquiry).await?)))
@@ -158,7 +170,7 @@ pub(super) async fn ps(State(bridge): State<Bridge>, inquiry: Inquiry) -> Result
 #[utoipa::path(
     post, path = "/api/show", tag = "ollama", operation_id = "ollamaShow", security(("bearer" = [])),
     request_body = OllamaModelRequest,
-    responses((status = 200, description = "The model", body = Shown), ApiError),
+    responses((status = 200, description = "The model", body = Shown), OllamaError),
 )]
 pub(super) async fn show(State(bridge): State<Bridge>, request: Request) -> Result<Json<Shown>, ApiError> {
     let (inquiry, named) = ask_of_model(&bridge, request).await?;
@@ -175,7 +187,7 @@ pub(super) async fn show(State(bridge): State<Bridge>, request: Request) -> Resu
         (status = 200, description = "The progress, as lines of JSON unless `stream` is false", content(
             (Pulled = "application/x-ndjson"), (Pulled = "application/json"),
         )),
-        ApiError,
+        OllamaError,
     ),
 )]
 pub(super) async fn pull(State(bridge): State<Bridge>, request: Request) -> Result<Response<Body>, ApiError> {

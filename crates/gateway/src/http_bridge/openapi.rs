@@ -7,12 +7,13 @@ use utoipa::{Modify, OpenApi};
 
 use super::errors::EitherBody;
 use crate::anthropic::response::error as anthropic;
+use crate::ollama::response as ollama;
 
 #[derive(OpenApi)]
 #[openapi(
     info(title = "Tether", description = "One address for the models of a peer-to-peer network."),
     // Responses refer to these by name.
-    components(schemas(anthropic::ErrorBody, EitherBody)),
+    components(schemas(anthropic::ErrorBody, ollama::ErrorBody, EitherBody)),
     modifiers(&Bearer),
 )]
 pub(super) struct Document;

@@ -1,5 +1,6 @@
 //! Serializes answers as Ollama does: JSON objects, one per line if the answer is streamed.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -213,9 +214,11 @@ pub(crate) fn loaded(heading: &Heading, is_kept: bool) -> Line<'_> {
 }
 
 impl<'a> Call<'a> {
-    /// Returns `None` if the arguments are not an object in JSON, as when the answer was cut.
+    /// Returns `None` if the arguments are not an object in JSON, as when the answer was cut. Servers may write none for
+    /// a function without parameters.
     fn of(index: u32, call: &'a ToolCall) -> Option<Self> {
         let ToolCall { id, name, arguments } = call;
+        let arguments = if arguments.trim().is_empty() { "{}" } else { arguments };
         let arguments = serde_json::from_str(arguments).ok()?;
         Some(Self { id, function: Function { index, name, arguments } })
     }
@@ -224,32 +227,26 @@ impl<'a> Call<'a> {
 /// Writes an answer as lines of JSON.
 pub(crate) struct Lines {
     heading: Heading,
-    /// The call whose arguments are still coming, with its index.
-    open: Option<(u32, ToolCall)>,
+    /// The calls whose arguments may still come, by index. Servers may mix the parts of several.
+    open: BTreeMap<u32, ToolCall>,
 }
 
 impl Lines {
     pub(crate) fn new(heading: Heading) -> Self {
-        Self { heading, open: None }
+        Self { heading, open: BTreeMap::new() }
     }
 
-    /// Adds deltas of calls. Returns the calls that are whole, with their indexes.
-    fn add_calls(&mut self, content: &Content) -> Vec<(u32, ToolCall)> {
-        let mut whole = vec![];
+    /// Adds deltas of calls. Returns all calls, with their indexes, once the answer has ended.
+    fn add_calls(&mut self, content: &Content) -> BTreeMap<u32, ToolCall> {
         for ToolCallDelta { index, id, name, arguments } in &content.tool_calls {
-            match &mut self.open {
-                Some((open, call)) if open == index => call.arguments += arguments,
-                _ => {
-                    let (id, name) = (id.clone().unwrap_or_default(), name.clone().unwrap_or_default());
-                    let call = ToolCall { id, name, arguments: arguments.clone() };
-                    whole.extend(self.open.replace((*index, call)));
-                }
-            }
+            let new = || ToolCall {
+                id: id.clone().unwrap_or_default(),
+                name: name.clone().unwrap_or_default(),
+                arguments: String::new(),
+            };
+            self.open.entry(*index).or_insert_with(new).arguments += arguments;
         }
-        if content.finish_reason.is_some() {
-            whole.extend(self.open.take());
-        }
-        whole
+        if content.finish_reason.is_some() { std::mem::take(&mut self.open) } else { BTreeMap::new() }
     }
 
     fn put(&self, part: Part<'_>, end: Option<End>, out: &mut BytesMut) {

@@ -135,14 +135,16 @@ async fn a_port_of_its_own_may_need_no_key() {
     assert_eq!(greeting, "Ollama is running");
     let tags = client.get(url("/api/tags")).send().await.expect("answered");
     assert_eq!(tags.status(), 200);
-    let answered = client.post(url("/api/chat")).json(&chat("hi")).send().await.expect("answered");
+    let answered =
+        client.post(url("/api/chat")).bearer_auth("ollama").json(&chat("hi")).send().await.expect("answered");
     assert_eq!(answered.status(), 200);
     assert_eq!(network.fake.jobs.lock()[0].tenant_id.as_str(), "acme");
     let page = client.get(url("/api/tags")).header("origin", "https://evil.example.com");
     let renamed = client.get(url("/api/tags")).header("host", "evil.example.com");
-    let wrong = client.get(url("/api/tags")).bearer_auth("wrong");
+    let wrong = client.get(url("/api/tags")).bearer_auth(fake::token(9));
+    let passed_on = client.get(url("/api/tags")).header("x-forwarded-for", "203.0.113.9");
     let operator = client.get(url("/admin/v1/models"));
-    for request in [page, renamed, wrong, operator] {
+    for request in [page, renamed, wrong, passed_on, operator] {
         assert_eq!(request.send().await.expect("answered").status(), 401);
     }
     let main = network.request(Method::GET, "/api/tags").send().await.expect("answered");

@@ -66,7 +66,7 @@ fn an_answer_may_have_to_be_json_or_follow_a_schema() {
     let schema = json!({"type": "object", "x-guidance": {"lenient": true}});
     assert_eq!(format(json!({"type": "object"})), Ok(OutputFormat::JsonSchema(schema)));
     for bad in [json!("xml"), json!(1), json!([])] {
-        assert_eq!(format(bad).expect_err("no format").code, ErrorCode::InvalidJson);
+        assert_eq!(format(bad).expect_err("no format").code, ErrorCode::InvalidValue);
     }
 }
 

@@ -93,18 +93,16 @@ fn a_texts_answer_has_no_message() {
 fn calls_come_whole_and_cut_ones_not_at_all() {
     let pieces = [
         call(0, Some("f"), "{\n\"a\":"),
+        call(1, Some("g"), ""),
         call(0, None, "1}"),
-        call(1, Some("g"), "{}"),
         call(2, Some("h"), "{\"b\""),
         end(FinishReason::Length),
     ];
     let written = lines(Endpoint::Chat, &pieces);
-    let one = |id: &str, index: u32, name: &str, arguments: Value| {
-        let function = json!({"index": index, "name": name, "arguments": arguments});
-        message(&json!({"role": "assistant", "content": "", "tool_calls": [{"id": id, "function": function}]}))
-    };
-    let expected = [one("id of f", 0, "f", json!({"a": 1})), one("id of g", 1, "g", json!({})), last("length")];
-    assert_eq!(written, expected);
+    let one = |index: u32, name: &str, arguments: Value| json!({"id": format!("id of {name}"), "function": {"index": index, "name": name, "arguments": arguments}});
+    let calls = [one(0, "f", json!({"a": 1})), one(1, "g", json!({}))];
+    let message = message(&json!({"role": "assistant", "content": "", "tool_calls": calls}));
+    assert_eq!(written, [message, last("length")]);
 }
 
 #[test]
