@@ -106,22 +106,20 @@ impl Upstream {
         method: &str,
         request: &Request,
     ) -> Result<(PublicKey, Reply), WireError> {
-        let mut last = away(role);
+        let mut last = None;
         for peer in self.peers(role, None).await? {
-            match self.client.call(peer, method, request, CALL).await {
+            let error = match self.client.call(peer, method, request, CALL).await {
                 Ok(reply) => return Ok((peer, reply)),
                 // A timeout says nothing about the next peer, so it is tried as well.
-                Err(CallError::Deadline) => last = away(role),
-                Err(error) => {
-                    let error = WireError::from(error);
-                    if !another_may_know(error.code) {
-                        return Err(error);
-                    }
-                    last = error;
-                }
+                Err(CallError::Deadline) => away(role),
+                Err(error) => error.into(),
+            };
+            if !another_may_know(error.code) {
+                return Err(error);
             }
+            last = Some(of_both(last, error));
         }
-        Err(last)
+        Err(last.unwrap_or_else(|| away(role)))
     }
 
     /// Calls all nodes of a role for which there is a request, at the same time.
@@ -267,7 +265,11 @@ impl Upstream {
     pub(crate) async fn submit_detached(&self, request: &InferRequest, timeouts: Timeouts) -> Result<(), WireError> {
         let body = Bytes::from(codec::encode(request));
         let mut last = away(NodeRole::Orchestrator);
-        for peer in self.peers(NodeRole::Orchestrator, Some(request.correlation_id)).await? {
+        let holder = self.holder(request).await;
+        let mut peers = self.peers(NodeRole::Orchestrator, Some(request.correlation_id)).await?;
+        // Stable, so the others stay in their order.
+        peers.sort_by_key(|peer| Some(*peer) != holder);
+        for peer in peers {
             let options = StreamOptions { accept_within: CALL, deadline: None, stall: timeouts.stall };
             let opened = self.client.open_stream(peer, infer::SUBMIT, body.clone(), options).await;
             let accepted = match opened {
@@ -381,6 +383,15 @@ pub(crate) fn another_may_know(code: ErrorCode) -> bool {
     )
 }
 
+/// Returns the error that stands for those of two peers. One that does not answer may have what the other does not
+/// find.
+fn of_both(earlier: Option<WireError>, later: WireError) -> WireError {
+    match earlier {
+        Some(earlier) if earlier.code == ErrorCode::Unavailable && later.code == ErrorCode::NotFound => earlier,
+        _ => later,
+    }
+}
+
 /// Returns whether an orchestrator refused a job because it knows no worker that takes it. It may have lost its
 /// workers, so the others are asked as well.
 fn has_no_room(code: ErrorCode) -> bool {
@@ -426,4 +437,22 @@ pub(crate) fn away(role: NodeRole) -> WireError {
         NodeRole::Gateway | NodeRole::Worker => "a part of the network does not answer, try again",
     };
     WireError::new(ErrorCode::Unavailable, message).with_retry_after(Duration::from_secs(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_missing_while_a_peer_does_not_answer() {
+        let [silent, missing, unknown] = [ErrorCode::Unavailable, ErrorCode::NotFound, ErrorCode::UnknownMethod];
+        let of = |codes: &[ErrorCode]| {
+            let errors = codes.iter().map(|code| WireError::new(*code, "said"));
+            errors.fold(None, |earlier, later| Some(of_both(earlier, later))).map(|error| error.code)
+        };
+        assert_eq!(of(&[missing, missing]), Some(missing));
+        assert_eq!(of(&[silent, missing]), Some(silent));
+        assert_eq!(of(&[missing, silent, missing]), Some(silent));
+        assert_eq!(of(&[unknown, missing]), Some(missing));
+    }
 }

@@ -1,5 +1,7 @@
 -- What gateways keep, sealed, with jobs whose answers their tenants can read again. A note is found by the job's id.
 CREATE TABLE notes (
+    -- Never reused, so that what is chosen to go is not a newer note when it goes.
+    note_id        INTEGER PRIMARY KEY AUTOINCREMENT,
     tenant_id      TEXT    NOT NULL,
     correlation_id BLOB    NOT NULL,
     retry_token    TEXT    NOT NULL,
@@ -8,7 +10,7 @@ CREATE TABLE notes (
     sealed         BLOB    NOT NULL,
     -- Why the job came to no answer, as JSON.
     error          TEXT,
-    PRIMARY KEY (tenant_id, correlation_id)
+    UNIQUE (tenant_id, correlation_id)
 ) STRICT;
 
 CREATE INDEX notes_by_expiry ON notes (expires_at);

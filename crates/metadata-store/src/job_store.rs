@@ -73,7 +73,8 @@ pub trait JobStore: Store {
         now: UnixMillis,
     ) -> Result<Option<KeptNote>, StoreError>;
 
-    /// Records with a job's note, if it has one, why the job came to no answer. The first reason stays.
+    /// Records with a job's note, if it has one, why the job came to no answer. The first reason stays, and a job
+    /// that has completed has none.
     async fn fail_note(&self, key: &JobKey, error: WireError) -> Result<(), StoreError>;
 
     /// Removes the note of a tenant's job, and the job's answer. Returns whether there was one.

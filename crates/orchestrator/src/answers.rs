@@ -67,6 +67,11 @@ impl State {
     fn is_decided(&self) -> bool {
         self.origin.is_some() || self.end.is_some()
     }
+
+    /// Returns whether a chunk has no room in an answer that nobody reads.
+    fn is_overfull(&self, bytes: usize) -> bool {
+        self.readers.is_empty() && self.bytes + bytes > ANSWER_BYTES_MAX
+    }
 }
 
 /// What an answer holds.
@@ -245,7 +250,7 @@ impl Writer {
         self.shared.state.send_modify(|state| state.degraded = degraded);
     }
 
-    /// Adds a chunk. Waits for the readers if the answer is too long to be kept whole.
+    /// Adds a chunk. Waits for the readers if the answer is too long to be kept whole. Cancel safe.
     pub(crate) async fn push(&self, chunk: Bytes, usage: TokenUsage) {
         let mut watcher = self.shared.state.subscribe();
         while !self.make_room(chunk.len()) {
@@ -261,6 +266,16 @@ impl Writer {
             }
         }
         self.put(chunk, usage);
+    }
+
+    /// Returns whether a chunk has no room in an answer that nobody reads.
+    pub(crate) fn is_overfull(&self, bytes: usize) -> bool {
+        self.shared.state.borrow().is_overfull(bytes)
+    }
+
+    /// Waits until a chunk has no room and nobody reads. Cancel safe.
+    pub(crate) async fn overfull(&self, bytes: usize) {
+        let _ = self.shared.state.subscribe().wait_for(|state| state.is_overfull(bytes)).await;
     }
 
     /// Adds a chunk at once.

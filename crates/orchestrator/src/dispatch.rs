@@ -43,6 +43,8 @@ pub struct Delivery {
     has_begun: bool,
     /// Whether the last chunk was sent.
     is_complete: bool,
+    /// Whether an answer that nobody reads is longer than can be stored.
+    is_too_long: bool,
     /// `None` if the caller does not acknowledge what it reads: what was sent to it counts as read.
     receipts: Option<Receipts>,
     /// A chunk that is sent before the first one.
@@ -68,13 +70,17 @@ impl Delivery {
     /// acknowledges what it reads.
     pub fn new(call: StreamCall, stall: Duration, acknowledges: bool) -> Self {
         let receipts = acknowledges.then(Receipts::default);
-        Self { state: State::Waiting(call), stall, has_begun: false, is_complete: false, receipts, notice: None }
+        Self { receipts, ..Self::of(State::Waiting(call), stall) }
     }
 
     /// Makes a delivery to the calls that read a shared answer.
     pub(crate) fn shared(writer: Writer, linger: Option<Duration>, is_stored: bool, stall: Duration) -> Self {
-        let state = State::Shared { writer, linger, is_stored };
-        Self { state, stall, has_begun: false, is_complete: false, receipts: None, notice: None }
+        Self::of(State::Shared { writer, linger, is_stored }, stall)
+    }
+
+    fn of(state: State, stall: Duration) -> Self {
+        let (has_begun, is_complete, is_too_long) = (false, false, false);
+        Self { state, stall, has_begun, is_complete, is_too_long, receipts: None, notice: None }
     }
 
     /// Says what is left of the tenant's tokens, before the first chunk.
@@ -153,7 +159,9 @@ impl Delivery {
             self.give_notice().await?;
             self.state.send(chunk, usage).await
         };
-        time::timeout(stall, sending).await.unwrap_or(Err(Interrupted))
+        let sent = time::timeout(stall, sending).await.unwrap_or(Err(Interrupted));
+        self.is_too_long = sent.is_err() && self.state.is_overfull(chunk.len());
+        sent
     }
 
     /// Sends a chunk. `usage` is what the job is billed once the caller has read it.
@@ -186,6 +194,8 @@ impl Delivery {
     /// Returns what is billed of `sent` if no more follows: what the caller has read.
     pub fn read_of(&mut self, sent: TokenUsage) -> TokenUsage {
         match (&mut self.receipts, &self.state) {
+            // Nobody was to read it yet.
+            (_, State::Shared { .. }) if self.is_too_long => sent,
             (_, State::Shared { writer, .. }) => writer.read(),
             (None, _) => sent,
             (Some(receipts), State::Streaming(reply)) => receipts.acknowledge(reply.acknowledged()),
@@ -221,6 +231,11 @@ impl Delivery {
     /// Returns whether part of the answer was sent.
     pub fn has_begun(&self) -> bool {
         self.has_begun
+    }
+
+    /// Returns whether the job was given up because its answer, which nobody reads, is longer than can be stored.
+    pub(crate) fn is_too_long(&self) -> bool {
+        self.is_too_long
     }
 
     /// Ends a call that got the last chunk.
@@ -269,13 +284,22 @@ impl State {
         }
         match self {
             Self::Streaming(reply) => reply.send(chunk).await,
-            Self::Shared { writer, .. } => {
+            Self::Shared { writer, linger, .. } => {
                 // A chunk may be part of a larger buffer.
-                writer.push(Bytes::copy_from_slice(chunk), usage).await;
-                Ok(())
+                let push = writer.push(Bytes::copy_from_slice(chunk), usage);
+                tokio::select! {
+                    biased;
+                    () = push => Ok(()),
+                    () = writer.overfull(chunk.len()), if linger.is_none() => Err(Interrupted),
+                }
             }
             Self::Waiting(_) | Self::Gone => Err(Interrupted),
         }
+    }
+
+    /// Returns whether a chunk makes an answer that needs no reader longer than can be stored.
+    fn is_overfull(&self, bytes: usize) -> bool {
+        matches!(self, Self::Shared { writer, linger: None, .. } if writer.is_overfull(bytes))
     }
 }
 

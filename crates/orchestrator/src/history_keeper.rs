@@ -25,7 +25,7 @@ pub(crate) struct HistoryKeeper {
     store: Arc<dyn JobStore>,
     clock: Arc<dyn Clock>,
     metrics: Metrics,
-    /// How long settled jobs are kept; `None` for ever.
+    /// How long settled jobs are kept, at least as long as their answers; `None` for ever.
     jobs_kept: Option<Duration>,
     /// How long dead letters are kept.
     letters_kept: Duration,
@@ -34,11 +34,13 @@ pub(crate) struct HistoryKeeper {
 impl HistoryKeeper {
     pub(crate) fn new(store: Arc<dyn JobStore>, clock: Arc<dyn Clock>, metrics: Metrics, config: &Config) -> Self {
         let hours = |hours: u64| Duration::from_secs(hours.saturating_mul(3600));
+        // A kept answer is found through its job.
+        let with_answers = if config.answers_kept_hours > 0 { config.answers_kept_hours.saturating_add(1) } else { 0 };
         Self {
             store,
             clock,
             metrics,
-            jobs_kept: (config.jobs_kept_hours > 0).then(|| hours(config.jobs_kept_hours)),
+            jobs_kept: (config.jobs_kept_hours > 0).then(|| hours(config.jobs_kept_hours.max(with_answers))),
             letters_kept: hours(u64::from(config.dead_letters_days) * 24),
         }
     }

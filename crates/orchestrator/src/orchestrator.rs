@@ -140,6 +140,12 @@ impl Orchestrator {
     /// begun to receive is never restarted: another worker continues it after the tokens that were delivered. A
     /// reserved job is settled exactly once, and its last chunk is sent only after that.
     pub async fn submit(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
+        self.admit(&mut journey).await?;
+        self.complete(journey, delivery).await
+    }
+
+    /// Checks whether a job may run now, and counts it among those of its tenant.
+    async fn admit(&self, journey: &mut Journey) -> Result<(), WireError> {
         let policy = self.policies.admit(&journey.request.tenant_id, journey.models()).await?;
         if !policy.allows_class(journey.request.class) {
             return Err(refusals::class_not_allowed(journey.request.class));
@@ -149,10 +155,15 @@ impl Orchestrator {
         journey.permit = Some(self.quotas.admit(&journey.request.tenant_id, &policy).await?);
         journey.policy = policy;
         self.retry_budgets.lock().job(&journey.request.tenant_id, Instant::now());
-        if self.is_convicted(&journey) {
+        if self.is_convicted(journey) {
             return Err(refusals::crashes_engines());
         }
         failpoint!("orchestrator-admitted");
+        Ok(())
+    }
+
+    /// Runs a job that is admitted.
+    async fn complete(&self, mut journey: Journey, delivery: &mut Delivery) -> Result<(), WireError> {
         let end = loop {
             let end = self.attempt(&mut journey, delivery).await.unwrap_or_else(AttemptEnd::refused);
             journey.turn = None;
@@ -491,7 +502,11 @@ impl Orchestrator {
             }
             AttemptEnd::CallerGone { .. } => {
                 let is_by_operator = journey.running.cancelled().is_cancelled();
-                let error = is_by_operator.then(refusals::cancelled);
+                let error = if delivery.is_too_long() {
+                    Some(refusals::too_long_to_store())
+                } else {
+                    is_by_operator.then(refusals::cancelled)
+                };
                 (Ending { error, ..Ending::cancelled(usage) }, JobEvent::Cancel)
             }
             AttemptEnd::Failed { error, .. } => {
@@ -734,7 +749,7 @@ impl Orchestrator {
         if let Some(repeatable) = repeatable {
             return Box::pin(self.take_repeatable(repeatable, journey, delivery)).await;
         }
-        match self.submit(journey, &mut delivery).await {
+        match Box::pin(self.submit(journey, &mut delivery)).await {
             Ok(()) => delivery.finish().await,
             Err(error) => delivery.fail(error).await,
         }

@@ -9,6 +9,7 @@ use protocol::model::ModelKey;
 use protocol::policy::ServiceClass;
 use protocol::{AdapterName, Digest, ErrorCode, Region, WireError, WorkerId};
 
+use crate::answers::ANSWER_BYTES_MAX;
 use crate::scheduler::{Placement, Refusal};
 
 /// The error of a request that crashed engines and is not run again.
@@ -20,6 +21,12 @@ pub(crate) fn crashes_engines() -> WireError {
 /// The error of a job that an operator cancelled.
 pub(crate) fn cancelled() -> WireError {
     WireError::new(ErrorCode::CancelledByOperator, "an operator of the network cancelled this request")
+}
+
+/// The error of a job without a reader whose answer does not fit into memory and store.
+pub(crate) fn too_long_to_store() -> WireError {
+    let message = format!("the answer is longer than can be stored ({} MiB)", ANSWER_BYTES_MAX >> 20);
+    WireError::new(ErrorCode::InvalidValue, message)
 }
 
 /// The error of a job that no worker can take.

@@ -48,12 +48,15 @@ pub(super) fn find(
         .optional()
 }
 
-/// Records why a job came to no answer. Only the first reason counts.
+/// Records why a job came to no answer. Only the first reason counts, and none if the job has completed.
 pub(super) fn fail(connection: &Connection, key: &JobKey, error: &WireError) -> rusqlite::Result<()> {
     connection
         .prepare_cached(
             "UPDATE notes SET error = ?4
-             WHERE tenant_id = ?1 AND correlation_id = ?2 AND retry_token = ?3 AND error IS NULL",
+             WHERE tenant_id = ?1 AND correlation_id = ?2 AND retry_token = ?3 AND error IS NULL
+               AND NOT EXISTS (
+                   SELECT 1 FROM jobs WHERE tenant_id = ?1 AND correlation_id = ?2 AND retry_token = ?3
+                      AND state = 'completed')",
         )?
         .execute((
             key.tenant_id.as_str(),
@@ -83,8 +86,8 @@ pub(super) fn remove(connection: &Connection, tenant_id: &TenantId, id: Correlat
 pub(super) fn remove_expired(connection: &Connection, now: UnixMillis, limit: u32) -> rusqlite::Result<u32> {
     let removed = connection
         .prepare_cached(
-            "DELETE FROM notes WHERE rowid IN (
-                 SELECT rowid FROM notes WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?2)",
+            "DELETE FROM notes WHERE note_id IN (
+                 SELECT note_id FROM notes WHERE expires_at <= ?1 ORDER BY expires_at LIMIT ?2)",
         )?
         .execute((integer(now.0), limit))?;
     Ok(removed as u32)
@@ -98,17 +101,17 @@ pub(super) fn victims(connection: &Connection, bytes_max: u64, limit: u32) -> ru
         return Ok(vec![]);
     }
     let kept: Vec<Kept> = connection
-        .prepare_cached("SELECT rowid, tenant_id, length(sealed) FROM notes ORDER BY expires_at, rowid")?
+        .prepare_cached("SELECT note_id, tenant_id, length(sealed) FROM notes ORDER BY expires_at, note_id")?
         .query_map((), |row| Ok(Kept { id: row.get(0)?, tenant_id: row.get(1)?, bytes: row.get(2)? }))?
         .collect::<rusqlite::Result<_>>()?;
     Ok(choose(kept, excess, limit as usize))
 }
 
-pub(super) fn remove_all(connection: &Connection, rows: &[i64]) -> rusqlite::Result<u32> {
-    let mut remove = connection.prepare_cached("DELETE FROM notes WHERE rowid = ?1")?;
+pub(super) fn remove_all(connection: &Connection, notes: &[i64]) -> rusqlite::Result<u32> {
+    let mut remove = connection.prepare_cached("DELETE FROM notes WHERE note_id = ?1")?;
     let mut removed = 0;
-    for row in rows {
-        removed += remove.execute((row,))?;
+    for note_id in notes {
+        removed += remove.execute((note_id,))?;
     }
     Ok(removed as u32)
 }

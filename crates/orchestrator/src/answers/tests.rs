@@ -210,6 +210,18 @@ async fn an_answer_that_is_too_long_goes_at_the_pace_of_its_readers() {
 }
 
 #[tokio::test]
+async fn an_answer_that_nobody_reads_can_be_too_long() {
+    let answers = Arc::default();
+    let (writer, reader) = begin(&answers);
+    writer.push(Bytes::from(vec![0; ANSWER_BYTES_MAX]), read(0)).await;
+    let mut overfull = Box::pin(writer.overfull(1));
+    assert!((&mut overfull).now_or_never().is_none(), "somebody reads it");
+    drop(reader);
+    overfull.await;
+    assert!(writer.is_overfull(1) && !writer.is_overfull(0));
+}
+
+#[tokio::test]
 async fn all_answers_together_have_a_bound() {
     let answers: Arc<Answers> = Arc::default();
     let (writer, reader) = begin(&answers);

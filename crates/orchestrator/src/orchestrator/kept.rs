@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use metadata_store::{DurableState, JobKey, KeptNote, NewNote, TerminalState};
 use protocol::infer::{InferChunk, Origin, Payload, Progress};
 use protocol::kept::{KeptAnswer, KeptRef, KeptRemoved, KeptStatus};
@@ -40,7 +41,11 @@ impl Orchestrator {
 
     pub(crate) async fn remove_kept(self: Arc<Self>, _: Caller, request: KeptRef) -> Result<KeptRemoved, WireError> {
         let KeptRef { tenant_id, correlation_id } = &request;
-        let Ok(kept) = self.find_kept(&request).await else { return Ok(KeptRemoved { found: false }) };
+        let kept = match self.find_kept(&request).await {
+            Ok(kept) => kept,
+            Err(error) if error.code == ErrorCode::NotFound => return Ok(KeptRemoved { found: false }),
+            Err(error) => return Err(error),
+        };
         self.stop_job(&kept.key).await;
         self.answers.remove(&kept.key);
         let found = self.reservations.remove_note(tenant_id, *correlation_id).await?;
@@ -113,7 +118,10 @@ impl Orchestrator {
 
     /// Returns where a job stands, and why it failed.
     async fn status_of(&self, kept: &KeptNote) -> Result<(KeptStatus, Option<WireError>), WireError> {
-        if let Some(error) = &kept.error {
+        let job = self.reservations.job(&kept.key).await?;
+        // A job may complete while it is cancelled. It is billed then, so its answer is its tenant's.
+        let is_completed = job.as_ref().is_some_and(|job| job.state == DurableState::Settled(TerminalState::Completed));
+        if let Some(error) = kept.error.as_ref().filter(|_| !is_completed) {
             let is_cancelled = error.code == ErrorCode::Cancelled;
             return Ok(if is_cancelled {
                 (KeptStatus::Cancelled, None)
@@ -121,7 +129,6 @@ impl Orchestrator {
                 (KeptStatus::Failed, Some(error.clone()))
             });
         }
-        let job = self.reservations.job(&kept.key).await?;
         let failed = |error: Option<metadata_store::JobError>| {
             error.map_or_else(|| gone(kept), |error| WireError::new(error.code, error.message))
         };
@@ -170,9 +177,8 @@ impl Orchestrator {
 
     /// Cancels a job, and waits until it has ended, but not long.
     async fn stop_job(&self, key: &JobKey) {
-        for job in self.running.cancel(key.correlation_id, Some(&key.tenant_id)) {
-            let _ = tokio::time::timeout(CANCEL_WITHIN, job.ended()).await;
-        }
+        let jobs = self.running.cancel(key.correlation_id, Some(&key.tenant_id));
+        let _ = tokio::time::timeout(CANCEL_WITHIN, join_all(jobs.iter().map(|job| job.ended()))).await;
     }
 
     /// Seals the note of a job. Returns `None` if the system has no randomness.

@@ -74,15 +74,12 @@ impl Orchestrator {
         }
     }
 
-    async fn run_repeatable(&self, request: &Repeatable, mut journey: Journey, mut delivery: Delivery) {
+    async fn run_repeatable(&self, request: &Repeatable, journey: Journey, mut delivery: Delivery) {
         let key = &request.key;
         let outcome = match self.recall(key, &journey.fingerprint).await {
             Ok(None) => {
                 delivery.begin(Origin { created_at: self.reservations.now(), replayed: false, attached: false });
-                match self.keep_note(request, &mut journey, &mut delivery).await {
-                    Ok(()) => self.submit(journey, &mut delivery).await,
-                    Err(error) => Err(error),
-                }
+                Box::pin(self.run_noted(request, journey, &mut delivery)).await
             }
             Ok(Some((created_at, chunks))) => {
                 delivery.begin(Origin { created_at, replayed: true, attached: false });
@@ -95,11 +92,25 @@ impl Orchestrator {
         };
         match outcome {
             Ok(()) => delivery.finish().await,
-            Err(error) => {
-                self.note_failure(request, &error).await;
-                delivery.fail(error).await;
-            }
+            Err(error) => delivery.fail(error).await,
         }
+    }
+
+    /// Runs a job whose note is kept before, unless it is refused at once.
+    async fn run_noted(
+        &self,
+        request: &Repeatable,
+        mut journey: Journey,
+        delivery: &mut Delivery,
+    ) -> Result<(), WireError> {
+        self.admit(&mut journey).await?;
+        self.keep_note(request, &mut journey, delivery).await?;
+        let outcome = self.complete(journey, delivery).await;
+        // The failure of a repeat that ran nothing is not that of the job.
+        if let Err(error) = &outcome {
+            self.note_failure(request, error).await;
+        }
+        outcome
     }
 
     /// Returns the answer of a job that has ended, or `None` if the job is to run.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use metadata_store::{SqliteStore, StoreOptions};
 use protocol::infer::{InferChunk, InferRequest};
 use protocol::kept::{KEPT_CANCEL, KEPT_READ, KEPT_REMOVE, KEPT_SHOW, KeptAnswer, KeptRef, KeptRemoved, KeptStatus};
+use protocol::policy::TenantPolicy;
 use protocol::{Digest, ErrorCode, codec};
 use rpc::{CallError, StreamOptions};
 use tether_orchestrator::Config;
@@ -181,4 +182,33 @@ async fn where_no_answers_are_kept_no_job_runs_without_a_reader() {
     stand.worker(1, Manner::Answer(3)).await;
     let refused = stand.answer(&noted(&stand, true)).await.expect_err("refused");
     assert_eq!((refused.code, refused.param.as_deref()), (ErrorCode::UnsupportedParameter, Some("background")));
+}
+
+#[tokio::test]
+async fn a_repeat_that_is_refused_does_not_change_what_is_kept() {
+    let store = Arc::new(SqliteStore::in_memory().expect("a store"));
+    let job = {
+        let stand = stand_on(store.clone(), Config::default()).await;
+        stand.worker(1, Manner::Answer(3)).await;
+        let job = noted(&stand, true);
+        stand.leave(&job).await;
+        assert_eq!(stand.ended(&job).await.status, KeptStatus::Completed);
+        job
+    };
+    // This orchestrator has the answer in its store alone.
+    let stand = stand_on(store, Config::default()).await;
+    let another = InferRequest { fingerprint: Some(Digest::of(b"another")), ..job.clone() };
+    let refused = stand.answer(&another).await.expect_err("another request under the same key");
+    assert_eq!(refused.code, ErrorCode::IdempotencyKeyReused);
+    assert_eq!(stand.shown(&job).await.status, KeptStatus::Completed);
+}
+
+#[tokio::test]
+async fn a_job_without_a_reader_that_may_not_run_is_refused_and_not_kept() {
+    let stand = stand(Config::default()).await;
+    *stand.policy.lock() = TenantPolicy { allowed_models: Some(vec![]), ..TenantPolicy::default() };
+    let job = noted(&stand, true);
+    assert_eq!(stand.answer(&job).await.expect_err("not allowed").code, ErrorCode::ModelNotAllowed);
+    let refused = stand.call_kept::<KeptAnswer>(KEPT_SHOW, &of(&job)).await.expect_err("nothing is kept");
+    assert_eq!(code(refused), ErrorCode::NotFound);
 }

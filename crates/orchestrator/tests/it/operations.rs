@@ -226,7 +226,8 @@ async fn operators_calls_are_for_gateways_that_bring_an_operators_token() {
 #[tokio::test(start_paused = true)]
 async fn settled_jobs_and_dead_letters_are_removed_in_time_and_usage_stays() {
     let store = Arc::new(SqliteStore::in_memory().expect("a store"));
-    let config = Config { jobs_kept_hours: 2, dead_letters_days: 1, ..Config::default() };
+    // Jobs are kept for an hour longer than their answers.
+    let config = Config { jobs_kept_hours: 1, answers_kept_hours: 1, dead_letters_days: 1, ..Config::default() };
     let stand = stand_on(store.clone(), config).await;
     let now = protocol::Clock::now(&rpc::SystemClock);
     // Jobs of an earlier orchestrator: the clock of the network is the real one.

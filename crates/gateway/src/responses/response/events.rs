@@ -106,9 +106,16 @@ struct OfError<'a> {
 }
 
 impl Writer {
+    /// Leaves out nothing from here on: the next event has a higher number than those that the client has.
+    fn leave_none_out(&mut self) {
+        if let Some(after) = self.after.take() {
+            self.next = self.next.max(after.saturating_add(1));
+        }
+    }
+
     fn write<T: Serialize>(&mut self, kind: &'static str, fields: T, out: &mut BytesMut) {
         let sequence_number = self.next;
-        self.next += 1;
+        self.next = self.next.saturating_add(1);
         if self.after.is_some_and(|after| sequence_number <= after) {
             return;
         }
@@ -136,6 +143,7 @@ impl Events {
     pub(crate) fn unanswered(mut self, status: KeptStatus, error: Option<&WireError>) -> Bytes {
         let mut out = BytesMut::new();
         self.begin_response(&mut out);
+        self.writer.leave_none_out();
         let error = error.map(Failure::of);
         let response = Response { error, ..self.heading.response(status.into(), &[]) };
         self.writer.write("response.failed", OfResponse { response }, &mut out);
@@ -320,6 +328,7 @@ impl StreamFormat for Events {
     }
 
     fn failure(&mut self, failure: &WireError, out: &mut BytesMut) {
+        self.writer.leave_none_out();
         if !self.has_begun {
             let param = failure.param.as_deref();
             let fields = OfError { code: failure.code.as_str(), message: &failure.message, param };

@@ -116,7 +116,9 @@ fn unicode(text: &str) -> Option<(char, usize)> {
     if !(0xD800..0xDC00).contains(&first) {
         return Some((char::from_u32(first).unwrap_or(char::REPLACEMENT_CHARACTER), 6));
     }
-    if text.len() < 12 && r"\u".starts_with(&text[6..text.len().min(8)]) {
+    // What follows may be any character, so its bytes are looked at.
+    let next = &text.as_bytes()[6..text.len().min(8)];
+    if text.len() < 12 && br"\u".starts_with(next) {
         return None;
     }
     match unit(8).filter(|second| text[6..].starts_with(r"\u") && (0xDC00..0xE000).contains(second)) {
@@ -151,10 +153,17 @@ mod tests {
         }
 
         #[test]
-        fn nothing_panics(text: String, hostile in r#"(\{"input":")?[\\u"0-9a-fD-F\u{e4}]{0,20}"#) {
+        fn nothing_panics(text: String, hostile in r#"(\{"input":")?[\\u"0-9a-fD-F\u{e4}\u{20ac}\u{1f600}]{0,20}"#) {
             for text in [text, hostile] {
                 text_of(&text);
             }
+        }
+    }
+
+    #[test]
+    fn half_a_pair_before_a_long_character_is_replaced() {
+        for character in ['\u{20ac}', '\u{1f600}'] {
+            assert_eq!(text_of(&format!(r#"{{"input":"\ud83d{character}"#)), format!("\u{fffd}{character}"));
         }
     }
 

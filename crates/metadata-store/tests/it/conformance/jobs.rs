@@ -282,7 +282,8 @@ pub(crate) async fn a_note_is_kept_before_its_job_or_with_its_answer_and_removed
     store.reserve(job(2)).await.expect("reserves");
     let kept = Settlement { answer: Some(answer(b"kept", LEASE)), note: Some(note(2, LEASE)), ..settlement(2) };
     store.finalise(kept).await.expect("settles");
-    assert!(find(2, NOW).await.is_some());
+    store.fail_note(&key(2), WireError::new(ErrorCode::Cancelled, "too late")).await.expect("writes");
+    assert_eq!(find(2, NOW).await.expect("is kept").error, None, "its job has completed");
     assert_eq!(store.remove_note(&other, key(2).correlation_id).await, Ok(false));
     assert_eq!(store.remove_note(&tenant, key(2).correlation_id).await, Ok(true));
     assert_eq!(store.remove_note(&tenant, key(2).correlation_id).await, Ok(false));

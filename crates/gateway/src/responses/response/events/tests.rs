@@ -271,6 +271,24 @@ fn a_failure_ends_the_response_or_is_an_event_of_its_own() {
 }
 
 #[test]
+fn a_client_that_claims_to_have_every_event_is_still_told_of_the_failure() {
+    let failure = WireError::new(ErrorCode::WorkerFailed, "gone");
+    for (after, number) in [(1, 2), (70, 71), (u64::MAX, u64::MAX)] {
+        let unanswered = events_of(json!({})).after(Some(after)).unanswered(KeptStatus::Failed, Some(&failure));
+        let mut events = events_of(json!({})).after(Some(after));
+        let mut cut_off = BytesMut::new();
+        events.begin_response(&mut cut_off);
+        events.failure(&failure, &mut cut_off);
+        for written in [&unanswered[..], &cut_off[..]] {
+            let text = std::str::from_utf8(written).expect("text");
+            let data = text.strip_prefix("event: response.failed\ndata: ").expect("one event");
+            let event: Value = serde_json::from_str(data).expect("JSON");
+            assert_eq!(event["sequence_number"], number, "after {after}");
+        }
+    }
+}
+
+#[test]
 fn a_whole_answer_has_the_items_of_its_stream() {
     let tools = json!({"tools": [{"type": "custom", "name": "patch"}]});
     let contents = || vec![reasoning("r"), text("t"), call(0, Some("patch"), r#"{"input":"i"}"#)];
