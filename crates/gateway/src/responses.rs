@@ -1,5 +1,5 @@
-//! Translates OpenAI's Responses API: its requests to jobs, and answers to its responses and events. Independent of HTTP
-//! and RPC.
+//! Translates OpenAI's Responses API: its requests to jobs, and answers to its responses and events. Independent of
+//! HTTP and RPC.
 
 pub(crate) mod item;
 pub(crate) mod item_list;

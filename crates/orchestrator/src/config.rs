@@ -77,7 +77,8 @@ pub struct Config {
     /// Number of jobs whose placement can be explained. The oldest are dropped.
     pub decisions_kept: usize,
     /// Hours for which settled jobs are kept: a retry token that comes again within this time never runs twice. 0 keeps
-    /// them for ever. Usage is always kept.
+    /// them for ever. Usage is always kept. A job is kept for at least an hour longer than its answer
+    /// (`answers_kept_hours`).
     pub jobs_kept_hours: u64,
     /// Number of dead letters that are kept: failed jobs with their requests, encrypted. The oldest are deleted; 0
     /// keeps none.

@@ -13,8 +13,8 @@ use crate::llama_repeats::kernels_are_supported;
 use crate::random_model::{BEGIN, CHUNK, FILL_IN, Family, VOCABULARY, WINDOW, Weights, random_model};
 use crate::{ask, options, run, tiny, within};
 
-/// Returns how far probabilities may differ, as logarithms: sums are made in another order. ggml's attention sums halves
-/// where ours sums floats.
+/// Returns how far probabilities may differ, as logarithms: sums are made in another order. ggml's attention sums
+/// halves where ours sums floats.
 fn tolerance() -> f32 {
     if kernels_are_supported() { 0.02 } else { 0.25 }
 }

@@ -214,8 +214,8 @@ pub(crate) fn loaded(heading: &Heading, is_kept: bool) -> Line<'_> {
 }
 
 impl<'a> Call<'a> {
-    /// Returns `None` if the arguments are not an object in JSON, as when the answer was cut. Servers may write none for
-    /// a function without parameters.
+    /// Returns `None` if the arguments are not an object in JSON, as when the answer was cut. Servers may write none
+    /// for a function without parameters.
     fn of(index: u32, call: &'a ToolCall) -> Option<Self> {
         let ToolCall { id, name, arguments } = call;
         let arguments = if arguments.trim().is_empty() { "{}" } else { arguments };

@@ -29,8 +29,8 @@ pub(crate) struct ResponseDeleted {
     deleted: bool,
 }
 
-/// Returns a stored response. With `stream`, its events are sent again from the first one on, or after `starting_after`,
-/// and go on while it is generated.
+/// Returns a stored response. With `stream`, its events are sent again from the first one on, or after
+/// `starting_after`, and go on while it is generated.
 #[utoipa::path(
     get, path = "/v1/responses/{id}", tag = "openai", operation_id = "retrieveResponse", security(("bearer" = [])),
     params(

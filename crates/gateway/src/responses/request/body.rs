@@ -20,8 +20,8 @@ const LOGPROBS: &str = "message.output_text.logprobs";
 /// The limits of `metadata`, as in OpenAI's API: pairs, and characters of a key and of a value.
 const METADATA_MAX: (usize, usize, usize) = (16, 64, 512);
 
-/// A request for a response. Unknown fields are ignored. Known fields of OpenAI's API that are not supported are refused
-/// with `unsupported_parameter`.
+/// A request for a response. Unknown fields are ignored. Known fields of OpenAI's API that are not supported are
+/// refused with `unsupported_parameter`.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct ResponseRequestBody {
     /// `name[@MAJOR.MINOR][:adapter]`. Without a version it is the newest.

@@ -26,11 +26,11 @@ pub(super) fn text_of(arguments: &str) -> String {
 pub(super) struct FreeForm {
     /// What is not decoded yet.
     pending: String,
-    place: Place,
+    position: Position,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum Position {
     /// Before the text.
     #[default]
     Before,
@@ -41,19 +41,19 @@ enum Place {
 impl FreeForm {
     /// Returns whether the text has begun.
     pub(super) fn has_begun(&self) -> bool {
-        self.place != Place::Before
+        self.position != Position::Before
     }
 
     /// Takes a part of the arguments, and returns the part of the text that it completes.
     pub(super) fn push(&mut self, part: &str) -> String {
-        if self.place == Place::After {
+        if self.position == Position::After {
             return String::new();
         }
         self.pending.push_str(part);
-        if self.place == Place::Before {
+        if self.position == Position::Before {
             let Some(text) = after_opening(&self.pending) else { return String::new() };
             self.pending = text.to_owned();
-            self.place = Place::Within;
+            self.position = Position::Within;
         }
         self.decode()
     }
@@ -64,7 +64,7 @@ impl FreeForm {
         while let Some(character) = rest.chars().next() {
             let (decoded, length) = match character {
                 '"' => {
-                    self.place = Place::After;
+                    self.position = Position::After;
                     break;
                 }
                 '\\' => match escape(rest) {
