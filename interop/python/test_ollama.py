@@ -1,5 +1,6 @@
 """Ollama's own client for Python."""
 
+import contextlib
 import json
 
 import ollama
@@ -13,7 +14,9 @@ GREEDY = {"temperature": 0}
 
 @pytest.fixture(scope="module")
 def client(network):
-    return ollama.Client(host=network.url, headers={"Authorization": f"Bearer {network.key}"})
+    client = ollama.Client(host=network.url, headers={"Authorization": f"Bearer {network.key}"})
+    yield client
+    client.close()
 
 
 def test_a_conversation_is_answered(client):
@@ -44,9 +47,10 @@ def test_options_hold(client):
 
 
 def test_an_answer_follows_its_schema(client):
-    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}
+    city = {"type": "string", "enum": ["Osaka", "Tokyo"]}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"], "additionalProperties": False}
     answer = client.chat(MODEL, QUESTION, format=schema, options=GREEDY | {"num_predict": 200})
-    assert set(json.loads(answer.message.content)) >= {"city"}
+    assert json.loads(answer.message.content)["city"] in city["enum"]
 
 
 def test_vectors(client):
@@ -69,8 +73,8 @@ def test_errors_are_ollamas(client, network):
     with pytest.raises(ollama.ResponseError) as refused:
         client.chat("absent", QUESTION)
     assert refused.value.status_code == 404 and "absent" in refused.value.error
-    with pytest.raises(ollama.ResponseError) as refused:
-        ollama.Client(host=network.url).list()
+    with contextlib.closing(ollama.Client(host=network.url)) as stranger, pytest.raises(ollama.ResponseError) as refused:
+        stranger.list()
     assert refused.value.status_code == 401
     with pytest.raises(ollama.ResponseError) as refused:
         client.chat(MODEL, [{"role": "user", "content": "?", "images": [b"png"]}])
