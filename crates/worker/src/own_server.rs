@@ -184,7 +184,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[tokio::test]
-    #[ignore = "runs only as the child of the test above"]
+    #[ignore = "run in a process of its own by a_server_inherits_no_open_file"]
     async fn with_an_inherited_file() {
         let inherited = fs::read_link("/proc/self/fd/9").expect("it is open");
         assert!(inherited.ends_with("root.key"), "{}", inherited.display());

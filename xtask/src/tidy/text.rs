@@ -42,7 +42,7 @@ fn check_lines(file: &SourceFile) -> Vec<String> {
     // Ignored tests of these kinds do run: another test starts them as a child process, `interop/run` or a recipe
     // selects them, or somebody who measures runs them by the command in `docs/benchmarks.md`.
     let excused = [
-        "runs only as the child of ",
+        "run in a process of its own by ",
         "needs Node: make interop",
         "needs models: make bench-engine",
         "measures memory: docs/benchmarks.md",
@@ -143,7 +143,7 @@ mod tests {
         let ignored = ["#[ig", "nore]"].concat();
         assert_eq!(findings("a.rs", &format!("    {ignored}\n")).len(), 1);
         assert!(findings("a.md", &ignored).is_empty());
-        let child = ["#[ig", "nore = \"runs only as the child of the test below\"]"].concat();
+        let child = ["#[ig", "nore = \"run in a process of its own by its_test\"]"].concat();
         assert!(findings("a.rs", &child).is_empty());
     }
 }

@@ -170,7 +170,7 @@ fn a_worker_that_plans_and_merges_a_model_takes_no_more_than_256_mib_whatever_it
 }
 
 #[test]
-#[ignore = "runs only as the child of the test above"]
+#[ignore = "run in a process of its own by no_header_takes_more_than_64_mib_whatever_it_says"]
 fn read_one() {
     let path = std::env::var_os(FILE).expect("a file");
     let file = File::open(path).expect("it is there");
@@ -181,7 +181,7 @@ fn read_one() {
 }
 
 #[tokio::test]
-#[ignore = "runs only as the child of the test above"]
+#[ignore = "run in a process of its own by a_worker_that_plans_and_merges_a_model_takes_no_more_than_256_mib_whatever_its_header_says"]
 async fn plan_and_merge_one() {
     let path = std::env::var_os(FILE).expect("a file");
     let model = || artifact(Path::new(&path));

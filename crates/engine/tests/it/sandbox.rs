@@ -215,7 +215,7 @@ async fn a_secret_of_the_worker_is_in_no_engine() {
 }
 
 #[tokio::test]
-#[ignore = "runs only as the child of the test above"]
+#[ignore = "run in a process of its own by a_secret_of_the_worker_is_in_no_engine"]
 async fn with_a_secret() {
     assert!(std::env::var_os("TETHER_API_KEY").is_some());
     // Without a sandbox, so that only the environment keeps the secret.

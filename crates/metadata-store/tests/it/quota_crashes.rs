@@ -58,7 +58,7 @@ fn open(path: &Path) -> SqliteStore {
 
 /// Not a test of its own: the process that the tests below kill.
 #[test]
-#[ignore = "runs only as the child of the tests below"]
+#[ignore = "run in a process of its own by a_killed_process_overspends_no_quota"]
 fn victim_that_uses_quotas_until_it_is_killed() {
     let file = std::env::var_os(FILE).expect("started by the tests below");
     let round = number_in(ROUND).expect("a round");

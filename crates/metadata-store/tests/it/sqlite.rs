@@ -315,7 +315,7 @@ const VICTIM_FILE: &str = "TETHER_TEST_VICTIM_FILE";
 
 /// Not a test of its own: the process that the next test kills. It writes for ever and prints what was acknowledged.
 #[test]
-#[ignore = "runs only as the child of the test below"]
+#[ignore = "run in a process of its own by a_killed_process_loses_nothing_it_acknowledged"]
 fn victim_that_writes_until_it_is_killed() {
     let file = std::env::var_os(VICTIM_FILE).expect("started by the test below");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().expect("runtime");

@@ -66,7 +66,7 @@ async fn start(seed: u8, bootstrap: Vec<SocketAddrV4>) -> Arc<HyperswarmTranspor
 
 /// A node that takes small requests from strangers and longer ones from members.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "runs only as the child of the tests below"]
+#[ignore = "run in a process of its own by strangers_take_little_memory_and_members_are_served"]
 async fn serves_until_its_input_ends() {
     let (node, membership) = (start(1, vec![]).await, membership(1));
     let known = membership.clone();

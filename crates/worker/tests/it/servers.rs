@@ -222,7 +222,7 @@ async fn a_program_that_takes_a_servers_port_gets_no_prompt_and_the_server_anoth
 }
 
 #[tokio::test]
-#[ignore = "runs only as the child of the test above"]
+#[ignore = "run in a process of its own by a_program_that_takes_a_servers_port_gets_no_prompt_and_the_server_another_port"]
 async fn serve_a_port() {
     let port = std::env::var_os("PORT").and_then(|port| port.to_str()?.parse::<u16>().ok()).expect("a port");
     let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("it is free");
