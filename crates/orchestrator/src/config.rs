@@ -62,9 +62,10 @@ pub struct Config {
     /// Seconds after which a reservation expires unless it is renewed. It is renewed after a third of this time.
     pub lease_secs: u64,
     /// Hours for which the answer of a request with an idempotency key is kept, encrypted, and given to repeats of the
-    /// request. With 0 no answer is kept.
+    /// request. Stored responses are kept as long. With 0 no answer is kept.
     pub answers_kept_hours: u64,
-    /// Mebibytes of all answers that are kept. If there are more, those of the tenant that has most give way first.
+    /// Mebibytes of all answers that are kept, and as many of the requests of stored responses. If there are more, those of
+    /// the tenant that has most give way first.
     pub answers_kept_mib: u64,
     /// Seconds for which a request that crashed an engine is remembered. After two crashes it is refused. With 0 it is
     /// forgotten when its job ends.
