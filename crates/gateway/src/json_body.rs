@@ -1,8 +1,12 @@
 //! Parses JSON bodies. Error messages use JSON's terms instead of Rust's.
 
+use std::fmt;
+use std::marker::PhantomData;
+
 use protocol::codec::{DecodeError, decode_within};
 use protocol::{ErrorCode, WireError};
-use serde::de::DeserializeOwned;
+use serde::de::{self, DeserializeOwned};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 /// Parses a JSON object. Its length was already limited while it was received.
@@ -29,6 +33,44 @@ pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
         }
         error => error.into(),
     })
+}
+
+/// A text, or an array.
+#[derive(Debug)]
+pub(crate) enum TextOr<T> {
+    Text(String),
+    Array(Vec<T>),
+}
+
+/// Parses a text or an array. An untagged enum would hide where in the array an error is, so this is a visitor.
+/// `expected` is part of the error.
+pub(crate) fn text_or<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+    expected: &'static str,
+) -> Result<TextOr<T>, D::Error> {
+    struct Either<T>(&'static str, PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> de::Visitor<'de> for Either<T> {
+        type Value = TextOr<T>;
+
+        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+            formatter.write_str(self.0)
+        }
+
+        fn visit_str<E>(self, text: &str) -> Result<TextOr<T>, E> {
+            Ok(TextOr::Text(text.to_owned()))
+        }
+
+        fn visit_seq<A: de::SeqAccess<'de>>(self, mut items: A) -> Result<TextOr<T>, A::Error> {
+            let mut all = vec![];
+            while let Some(item) = items.next_element()? {
+                all.push(item);
+            }
+            Ok(TextOr::Array(all))
+        }
+    }
+
+    deserializer.deserialize_any(Either(expected, PhantomData))
 }
 
 /// Translates an error message of serde from Rust's terms to JSON's.

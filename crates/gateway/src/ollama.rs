@@ -11,8 +11,8 @@ pub(crate) const VERSION: &str = "0.13.0";
 /// The endpoint that a request for generated text uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Endpoint {
-    /// `/api/chat`.
+    /// `/api/chat`, which answers a conversation with a message.
     Chat,
-    /// `/api/generate`.
+    /// `/api/generate`, which answers or continues a text.
     Generate,
 }

@@ -61,7 +61,7 @@ pub enum KeptStatus {
     Running,
     /// The answer is complete.
     Completed,
-    /// The job failed.
+    /// The job failed, or its orchestrator ended before it had an answer.
     Failed,
     /// The job was cancelled.
     Cancelled,

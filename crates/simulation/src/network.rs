@@ -389,7 +389,7 @@ impl Network {
         Client::new(self.links.over(self.memory.node(&Node::Client(number).key())))
     }
 
-    /// Returns all nodes.
+    /// Returns the nodes that faults can befall: all services, workers and clients.
     pub fn nodes(&self) -> Vec<Node> {
         let Shape { orchestrators, gateways, workers, .. } = self.shape;
         let services = (0..orchestrators).map(Node::Orchestrator).chain((0..gateways).map(Node::Gateway));

@@ -95,7 +95,7 @@ impl Generation {
         Ok(events)
     }
 
-    /// Counts an event.
+    /// Measures the answer for the server's speed: when its first piece came, and its tokens at the end.
     fn note(&mut self, event: &Event) {
         match event {
             Event::Started { .. } | Event::Progress(_) => {}

@@ -45,9 +45,9 @@ fn tier(class: ServiceClass) -> &'static str {
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Message<'a> {
     id: &'a str,
-    /// Always `message`.
+    /// Kind of the object: always `message`.
     r#type: &'static str,
-    /// Always `assistant`.
+    /// Author of the message: always `assistant`.
     role: &'static str,
     model: &'a str,
     content: Vec<Block<'a>>,

@@ -29,7 +29,7 @@ const LINES: &str = "application/x-ndjson";
 /// The maximum size of a request about a model.
 const MODEL_BYTES_MAX: usize = 16 * 1024;
 
-/// Answers a conversation.
+/// Answers a conversation with the next message.
 #[utoipa::path(
     post, path = "/api/chat", tag = "ollama", operation_id = "ollamaChat", security(("bearer" = [])),
     request_body = OllamaRequest,
@@ -166,7 +166,7 @@ pub(super) async fn ps(State(bridge): State<Bridge>, inquiry: Inquiry) -> Result
     Ok(Json(Tags::in_memory(&models::served(&bridge, &inquiry).await?)))
 }
 
-/// Describes a model.
+/// Describes a model: its file, its context and what it can do.
 #[utoipa::path(
     post, path = "/api/show", tag = "ollama", operation_id = "ollamaShow", security(("bearer" = [])),
     request_body = OllamaModelRequest,

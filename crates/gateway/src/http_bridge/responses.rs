@@ -1,4 +1,4 @@
-//! `POST /v1/responses`.
+//! `POST /v1/responses`, and what it shares with the endpoints for stored responses.
 
 pub(super) mod stored;
 

@@ -16,7 +16,7 @@ pub(crate) struct Tags {
     models: Vec<Tag>,
 }
 
-/// A model.
+/// A model in a list.
 #[derive(Serialize, ToSchema)]
 #[schema(as = OllamaTag)]
 struct Tag {
@@ -39,9 +39,9 @@ struct Tag {
 #[derive(Serialize, ToSchema)]
 #[schema(as = OllamaDetails)]
 struct Details {
-    /// Always empty.
+    /// Always empty: models here are files of their own.
     parent_model: &'static str,
-    /// Always `gguf`.
+    /// Format of the file: always `gguf`.
     format: &'static str,
     /// Architecture, such as `llama`; empty if unknown.
     family: String,
@@ -58,7 +58,7 @@ struct Details {
 pub(crate) struct Shown {
     /// Always empty: models are not made of instructions here.
     modelfile: &'static str,
-    /// Always empty.
+    /// Always empty: a model's settings are those in its file.
     parameters: &'static str,
     /// Always empty: workers know the chat template.
     template: &'static str,

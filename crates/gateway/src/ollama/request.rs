@@ -10,7 +10,7 @@ use protocol::WireError;
 use protocol::infer::{Input, Message, OutputFormat, Role};
 use protocol::keep_alive::KeepAlive;
 use protocol::model::ModelRef;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use utoipa::openapi::schema::Type;
 use utoipa::openapi::{ObjectBuilder, OneOfBuilder, RefOr, Schema};
@@ -100,7 +100,7 @@ pub(crate) struct OllamaRequest {
 /// The body of `POST /api/embed`.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct OllamaEmbedRequest {
-    /// As in `/api/chat`.
+    /// Name of the model, written as in `/api/chat`.
     #[schema(value_type = String)]
     model: Option<String>,
     /// At most 2048 texts.
@@ -117,10 +117,10 @@ pub(crate) struct OllamaEmbedRequest {
 /// The body of `POST /api/embeddings`.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct OllamaEmbeddingRequest {
-    /// As in `/api/chat`.
+    /// Name of the model, written as in `/api/chat`.
     #[schema(value_type = String)]
     model: Option<String>,
-    /// The text.
+    /// The text to make a vector of.
     #[schema(value_type = String)]
     prompt: Option<String>,
     /// How long the model stays in memory without work after this request.
@@ -131,7 +131,7 @@ pub(crate) struct OllamaEmbeddingRequest {
 /// The body of a request about one model.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct OllamaModelRequest {
-    /// As in `/api/chat`.
+    /// Name of the model, written as in `/api/chat`.
     #[schema(value_type = String)]
     model: Option<String>,
     /// The older name of `model`.
@@ -177,7 +177,7 @@ enum Think {
     Effort(Effort),
 }
 
-#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
 #[schema(as = OllamaEffort)]
 #[serde(rename_all = "lowercase")]
 enum Effort {
@@ -348,7 +348,7 @@ impl OllamaRequest {
             None => json!({}),
             Some(Think::Switch(true)) => json!({ "enable_thinking": true }),
             Some(Think::Switch(false)) => json!({ "enable_thinking": false, "reasoning_effort": "none" }),
-            Some(Think::Effort(effort)) => json!({ "enable_thinking": true, "reasoning_effort": effort.as_str() }),
+            Some(Think::Effort(effort)) => json!({ "enable_thinking": true, "reasoning_effort": effort }),
         };
         options.as_object().cloned().unwrap_or_default()
     }
@@ -388,16 +388,6 @@ impl Options {
                 Ok(count) if count > 0 => Ok(Some(count)),
                 _ => Err(invalid("options.num_predict", "must be at least 1, or -1 for as many as fit")),
             },
-        }
-    }
-}
-
-impl Effort {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Low => "low",
-            Self::Medium => "medium",
-            Self::High => "high",
         }
     }
 }

@@ -24,7 +24,7 @@ pub(crate) struct Heading {
     endpoint: Endpoint,
     /// The model as the client named it.
     model: String,
-    /// RFC 3339.
+    /// When the answer was created, as RFC 3339.
     created_at: String,
     received: Instant,
     /// How long the first piece of the answer took.
@@ -117,10 +117,10 @@ pub(crate) struct Line<'a> {
 #[derive(Serialize, ToSchema)]
 #[schema(as = OllamaAssistantMessage)]
 struct AssistantMessage<'a> {
-    /// Always `assistant`.
+    /// Author of the message: always `assistant`.
     role: &'static str,
     content: &'a str,
-    /// The model's reasoning.
+    /// The model's reasoning before the text, or a part of it.
     #[serde(skip_serializing_if = "str::is_empty")]
     thinking: &'a str,
     /// Functions that the model calls, each of them whole.
@@ -170,7 +170,7 @@ pub(crate) struct Vectors<'a> {
     embeddings: Vec<Vec<f32>>,
     /// Nanoseconds from the request to its end.
     total_duration: u64,
-    /// Always 0.
+    /// Always 0: a model that had to be loaded counts in `total_duration`.
     load_duration: u64,
     prompt_eval_count: u32,
 }

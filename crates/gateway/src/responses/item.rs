@@ -1,16 +1,14 @@
 //! The items of a conversation, and how they become messages.
 
-use std::fmt;
-
 use protocol::infer::{Message, Role, ToolCall};
 use protocol::{ErrorCode, WireError};
-use serde::{Deserialize, Deserializer, Serialize, de};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::json;
 use utoipa::openapi::{OneOfBuilder, RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::tool_names::function_name;
-use crate::json_body::missing;
+use crate::json_body::{TextOr, missing, text_or};
 use crate::openai::request::{Content, Part, join};
 
 /// The type of items that do not name theirs.
@@ -86,29 +84,10 @@ impl ItemsOrText {
 
 impl<'de> Deserialize<'de> for ItemsOrText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Either;
-
-        impl<'de> de::Visitor<'de> for Either {
-            type Value = ItemsOrText;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a text or an array of items")
-            }
-
-            fn visit_str<E>(self, text: &str) -> Result<ItemsOrText, E> {
-                Ok(ItemsOrText::Text(text.to_owned()))
-            }
-
-            fn visit_seq<A: de::SeqAccess<'de>>(self, mut items: A) -> Result<ItemsOrText, A::Error> {
-                let mut all = vec![];
-                while let Some(item) = items.next_element()? {
-                    all.push(item);
-                }
-                Ok(ItemsOrText::Items(all))
-            }
-        }
-
-        deserializer.deserialize_any(Either)
+        Ok(match text_or(deserializer, "a text or an array of items")? {
+            TextOr::Text(text) => Self::Text(text),
+            TextOr::Array(items) => Self::Items(items),
+        })
     }
 }
 
@@ -153,11 +132,11 @@ item_type!(FunctionCallType, FunctionCall);
 item_type!(CustomToolCallType, CustomToolCall);
 item_type!(CallOutputType, FunctionCallOutput, CustomToolCallOutput);
 
-/// A message.
+/// A message of the conversation, by whomever.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "only its description is used")]
 pub(super) struct MessageItem {
-    /// May be omitted.
+    /// `message`, or nothing.
     #[schema(inline)]
     r#type: Option<MessageType>,
     id: Option<String>,
@@ -190,7 +169,7 @@ pub(super) struct FunctionCallItem {
     call_id: String,
     name: String,
     namespace: Option<String>,
-    /// JSON text.
+    /// Arguments of the function as JSON text.
     arguments: String,
 }
 

@@ -16,7 +16,7 @@ const LIMIT: u32 = 20;
 #[derive(Serialize, ToSchema)]
 #[schema(as = ResponseItemList)]
 pub(crate) struct ItemList {
-    /// `list`.
+    /// Kind of the object: always `list`.
     object: &'static str,
     #[schema(value_type = Vec<ItemSchema>)]
     data: Vec<Item>,

@@ -24,7 +24,7 @@ use crate::class;
 #[derive(Debug, Clone)]
 pub(crate) struct Heading {
     id: String,
-    /// Seconds since 1970.
+    /// Arrival of the request, in seconds since 1970.
     created_at: u64,
     /// The model as the client named it.
     model: String,
@@ -123,13 +123,13 @@ pub(crate) fn items_of(heading: &Heading, whole: &Whole) -> Vec<Item> {
     output.into_iter().map(Item::from).collect()
 }
 
-/// A response.
+/// A response as it is now: its settings, and what has been generated.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Response<'a> {
     id: &'a str,
-    /// `response`.
+    /// Kind of the object: always `response`.
     object: &'static str,
-    /// Seconds since 1970.
+    /// Arrival of the request, in seconds since 1970.
     created_at: u64,
     status: Status,
     /// Why it failed; null unless it did.
@@ -172,7 +172,7 @@ impl From<KeptStatus> for Status {
 #[derive(Serialize, ToSchema)]
 #[schema(as = ResponseIncompleteDetails)]
 struct IncompleteDetails {
-    /// `max_output_tokens`.
+    /// Always `max_output_tokens`: no answer is cut for another reason.
     reason: &'static str,
 }
 

@@ -1,4 +1,4 @@
-//! Anthropic's Messages API.
+//! Anthropic's Messages API, as its SDKs and Claude Code use it.
 
 use protocol::infer::Role;
 use reqwest::{Method, Response};

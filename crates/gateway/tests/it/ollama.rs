@@ -1,4 +1,4 @@
-//! Ollama's API.
+//! Ollama's API, on the gateway's address and on a port of its own.
 
 use std::sync::Arc;
 

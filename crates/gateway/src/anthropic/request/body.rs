@@ -109,7 +109,7 @@ enum Thinking {
     Enabled,
     /// It does not reason.
     Disabled,
-    /// It decides.
+    /// It decides for each answer, if its chat template lets it.
     Adaptive,
 }
 

@@ -2,15 +2,13 @@
 
 mod described;
 
-use std::fmt;
-
 use protocol::infer::{Message, Role, ToolCall};
 use protocol::{ErrorCode, WireError};
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::json_body::{invalid, missing};
+use crate::json_body::{TextOr, invalid, missing, text_or};
 use described::{ResultContent, SourceSchema};
 pub(super) use described::{Text, TurnSchema};
 
@@ -20,7 +18,6 @@ const BETWEEN: &str = "\n";
 /// session to session, no session could use what another has cached.
 const BILLING: &str = "x-anthropic-billing-header:";
 
-/// One message.
 #[derive(Debug, Deserialize)]
 pub(super) struct Turn {
     role: Author,
@@ -334,29 +331,9 @@ fn no_text(what: &str, path: &str) -> WireError {
 
 impl<'de> Deserialize<'de> for Content {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // An untagged enum would hide where in the message an error is, so this is a visitor.
-        struct TextOrBlocks;
-
-        impl<'de> de::Visitor<'de> for TextOrBlocks {
-            type Value = Content;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a text or an array of blocks")
-            }
-
-            fn visit_str<E>(self, text: &str) -> Result<Content, E> {
-                Ok(Content::Text(text.to_owned()))
-            }
-
-            fn visit_seq<A: de::SeqAccess<'de>>(self, mut blocks: A) -> Result<Content, A::Error> {
-                let mut all = vec![];
-                while let Some(block) = blocks.next_element()? {
-                    all.push(block);
-                }
-                Ok(Content::Blocks(all))
-            }
-        }
-
-        deserializer.deserialize_any(TextOrBlocks)
+        Ok(match text_or(deserializer, "a text or an array of blocks")? {
+            TextOr::Text(text) => Self::Text(text),
+            TextOr::Array(blocks) => Self::Blocks(blocks),
+        })
     }
 }

@@ -82,7 +82,7 @@ impl OfferedTool {
 #[schema(as = MessageToolChoice)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub(super) enum ToolUse {
-    /// The model decides.
+    /// The model calls tools or answers, as it decides.
     Auto {
         /// Whether the answer ends after its first call.
         disable_parallel_tool_use: Option<bool>,

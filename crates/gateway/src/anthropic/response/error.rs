@@ -24,7 +24,7 @@ const NAMES: [(&str, &str); 5] = [
 #[derive(Serialize, ToSchema)]
 #[schema(as = MessagesErrorBody)]
 pub(crate) struct ErrorBody<'a> {
-    /// Always `error`.
+    /// Kind of the object: always `error`.
     r#type: &'static str,
     error: ErrorDetail<'a>,
     /// Id of the request, as in the header `request-id`.

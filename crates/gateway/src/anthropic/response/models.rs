@@ -11,18 +11,18 @@ use crate::openai::response::models::{Model, ModelList};
 #[derive(Serialize, ToSchema)]
 #[schema(as = AnthropicModel)]
 pub(crate) struct ModelInfo<'a> {
-    /// Always `model`.
+    /// Kind of the object: always `model`.
     r#type: &'static str,
     id: &'a str,
     /// Name of the model, for people.
     display_name: &'a str,
     /// Time of registration, as RFC 3339.
     created_at: String,
-    /// Always `active`.
+    /// Stage of the model, always `active`: none is retired by date here.
     lifecycle: &'static str,
     /// Context length in tokens. Prompt and answer share it.
     max_input_tokens: u32,
-    /// The same.
+    /// Context length in tokens as well, since an answer may fill it.
     max_tokens: u32,
 }
 
@@ -31,7 +31,7 @@ pub(crate) struct ModelInfo<'a> {
 #[schema(as = AnthropicModelList)]
 pub(crate) struct ModelPage<'a> {
     data: Vec<ModelInfo<'a>>,
-    /// Always false.
+    /// Always false: one page lists all models.
     has_more: bool,
     first_id: Option<&'a str>,
     last_id: Option<&'a str>,

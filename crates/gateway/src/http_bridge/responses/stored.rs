@@ -1,7 +1,9 @@
 //! Stored responses: read, resume, cancel, delete, and list their input.
 
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{FromRequestParts, State};
+use axum::response::IntoResponse as _;
+use http::request::Parts;
 use http::{HeaderName, HeaderValue, Response, header};
 use protocol::kept::{KeptRef, KeptStatus};
 use protocol::{ErrorCode, WireError};
@@ -10,7 +12,7 @@ use utoipa::ToSchema;
 
 use super::{answered, json, kept_ref};
 use crate::http_bridge::errors::{self, ApiError};
-use crate::http_bridge::extract::{Bridge, Inquiry, Query, Segment};
+use crate::http_bridge::extract::{Bridge, Query, Segment, context, token};
 use crate::http_bridge::job::{self, ResponseHeaders, refused};
 use crate::json_body::invalid;
 use crate::request_context::AdmittedRequest;
@@ -23,9 +25,9 @@ use crate::responses::response::{self, Heading};
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ResponseDeleted {
     id: String,
-    /// `response`.
+    /// Kind of the object that was deleted: always `response`.
     object: &'static str,
-    /// Always true.
+    /// Always true, since failures have a status of their own.
     deleted: bool,
 }
 
@@ -46,16 +48,7 @@ pub(crate) struct ResponseDeleted {
         ApiError,
     ),
 )]
-pub(crate) async fn get(
-    State(bridge): State<Bridge>,
-    Segment(id): Segment,
-    query: Query,
-    inquiry: Inquiry,
-) -> Response<Body> {
-    let request = match StoredRequest::admit(&bridge, &id, &inquiry).await {
-        Ok(request) => request,
-        Err(response) => return *response,
-    };
+pub(crate) async fn get(State(bridge): State<Bridge>, query: Query, request: StoredRequest) -> Response<Body> {
     let wanted = query.get::<bool>("stream").and_then(|stream| Ok((stream, query.get::<u64>("starting_after")?)));
     let after = match wanted {
         Ok((Some(true), after)) => after,
@@ -78,11 +71,8 @@ pub(crate) async fn get(
     params(("id" = String, Path, description = "Id of the response")),
     responses((status = 200, description = "The response was deleted", body = ResponseDeleted), ApiError),
 )]
-pub(crate) async fn delete(State(bridge): State<Bridge>, Segment(id): Segment, inquiry: Inquiry) -> Response<Body> {
-    let request = match StoredRequest::admit(&bridge, &id, &inquiry).await {
-        Ok(request) => request,
-        Err(response) => return *response,
-    };
+pub(crate) async fn delete(State(bridge): State<Bridge>, request: StoredRequest) -> Response<Body> {
+    let id = request.id.clone();
     let deleted = match bridge.gateway.remove_kept(&request.kept).await {
         Ok(true) => Ok(errors::json(&ResponseDeleted { id, object: "response", deleted: true })),
         Ok(false) => Err(not_found(&id)),
@@ -97,11 +87,7 @@ pub(crate) async fn delete(State(bridge): State<Bridge>, Segment(id): Segment, i
     params(("id" = String, Path, description = "Id of the response")),
     responses((status = 200, description = "The response", body = response::Response), ApiError),
 )]
-pub(crate) async fn cancel(State(bridge): State<Bridge>, Segment(id): Segment, inquiry: Inquiry) -> Response<Body> {
-    let request = match StoredRequest::admit(&bridge, &id, &inquiry).await {
-        Ok(request) => request,
-        Err(response) => return *response,
-    };
+pub(crate) async fn cancel(State(bridge): State<Bridge>, request: StoredRequest) -> Response<Body> {
     let cancelled = cancelled(&bridge, &request.kept).await;
     request.answer(&bridge, cancelled)
 }
@@ -128,17 +114,8 @@ async fn cancelled(bridge: &Bridge, kept: &KeptRef) -> Result<Response<Body>, Wi
     ),
     responses((status = 200, description = "A page of items", body = ItemList), ApiError),
 )]
-pub(crate) async fn input_items(
-    State(bridge): State<Bridge>,
-    Segment(id): Segment,
-    query: Query,
-    inquiry: Inquiry,
-) -> Response<Body> {
-    let request = match StoredRequest::admit(&bridge, &id, &inquiry).await {
-        Ok(request) => request,
-        Err(response) => return *response,
-    };
-    let page = page(&bridge, &request.kept, &id, &query).await;
+pub(crate) async fn input_items(State(bridge): State<Bridge>, query: Query, request: StoredRequest) -> Response<Body> {
+    let page = page(&bridge, &request.kept, &request.id, &query).await;
     request.answer(&bridge, page.map(|page| errors::json(&page)))
 }
 
@@ -182,28 +159,34 @@ async fn stream(bridge: &Bridge, request: StoredRequest, after: Option<u64>) -> 
     job::stream(bridge, opening, events, "text/event-stream", headers).await
 }
 
-/// An admitted request for a stored response.
-struct StoredRequest {
+/// An admitted request for the stored response that its path names.
+pub(crate) struct StoredRequest {
     id: String,
     kept: KeptRef,
     admitted: AdmittedRequest,
     headers: ResponseHeaders,
 }
 
-impl StoredRequest {
-    async fn admit(bridge: &Bridge, id: &str, inquiry: &Inquiry) -> Result<Self, Box<Response<Body>>> {
-        let context = inquiry.context;
-        let admitted = bridge.gateway.admit_or_refuse(inquiry.token.as_deref(), context).await;
-        let admitted = admitted.map_err(|refusal| Box::new(refused(&refusal, context.correlation_id)))?;
-        match kept_ref(admitted.grant.tenant_id.clone(), id) {
+impl FromRequestParts<Bridge> for StoredRequest {
+    type Rejection = Response<Body>;
+
+    async fn from_request_parts(parts: &mut Parts, bridge: &Bridge) -> Result<Self, Response<Body>> {
+        let segment = Segment::from_request_parts(parts, bridge).await;
+        let Segment(id) = segment.map_err(ApiError::into_response)?;
+        let context = context(&parts.extensions);
+        let admitted = bridge.gateway.admit_or_refuse(token(&parts.headers), context).await;
+        let admitted = admitted.map_err(|refusal| refused(&refusal, context.correlation_id))?;
+        match kept_ref(admitted.grant.tenant_id.clone(), &id) {
             Ok(kept) => {
                 let headers = ResponseHeaders::of_earlier(context, kept.correlation_id, admitted.rate);
-                Ok(Self { id: id.to_owned(), kept, admitted, headers })
+                Ok(Self { id, kept, admitted, headers })
             }
-            Err(error) => Err(Box::new(refused(&admitted.refuse(error), context.correlation_id))),
+            Err(error) => Err(refused(&admitted.refuse(error), context.correlation_id)),
         }
     }
+}
 
+impl StoredRequest {
     /// Ends the request with a response.
     fn answer(self, bridge: &Bridge, response: Result<Response<Body>, WireError>) -> Response<Body> {
         let Self { id, mut admitted, headers, kept: _ } = self;

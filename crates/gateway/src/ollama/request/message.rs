@@ -37,7 +37,7 @@ enum OllamaRole {
     Tool,
 }
 
-/// A function call.
+/// A function that an assistant called, with its arguments as an object.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(as = OllamaCall)]
 struct Call {

@@ -1,14 +1,12 @@
 //! Chat messages, as OpenAI's clients send them.
 
-use std::fmt;
-
 use protocol::infer::{Message, Role, ToolCall};
 use protocol::{ErrorCode, WireError};
-use serde::{Deserialize, Deserializer, Serialize, de};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use crate::json_body::{is_empty, missing, refuse_unless, unsupported};
+use crate::json_body::{TextOr, is_empty, missing, refuse_unless, text_or, unsupported};
 
 /// One message of a conversation.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -184,29 +182,9 @@ pub(crate) struct Part {
 
 impl<'de> Deserialize<'de> for Content {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // An untagged enum would hide where in the message an error is, so this is a visitor.
-        struct TextOrParts;
-
-        impl<'de> de::Visitor<'de> for TextOrParts {
-            type Value = Content;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a text or an array of parts")
-            }
-
-            fn visit_str<E>(self, text: &str) -> Result<Content, E> {
-                Ok(Content::Text(text.to_owned()))
-            }
-
-            fn visit_seq<A: de::SeqAccess<'de>>(self, mut parts: A) -> Result<Content, A::Error> {
-                let mut all = vec![];
-                while let Some(part) = parts.next_element()? {
-                    all.push(part);
-                }
-                Ok(Content::Parts(all))
-            }
-        }
-
-        deserializer.deserialize_any(TextOrParts)
+        Ok(match text_or(deserializer, "a text or an array of parts")? {
+            TextOr::Text(text) => Self::Text(text),
+            TextOr::Array(parts) => Self::Parts(parts),
+        })
     }
 }

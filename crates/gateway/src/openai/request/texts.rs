@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, de};
 use utoipa::openapi::{OneOfBuilder, RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
-use crate::json_body::invalid;
+use crate::json_body::{TextOr, invalid, text_or};
 
 /// `stop`: one text or several.
 #[derive(Debug)]
@@ -25,29 +25,10 @@ impl ToSchema for Stop {}
 
 impl<'de> Deserialize<'de> for Stop {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Texts;
-
-        impl<'de> de::Visitor<'de> for Texts {
-            type Value = Stop;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a text or an array of texts")
-            }
-
-            fn visit_str<E>(self, text: &str) -> Result<Stop, E> {
-                Ok(Stop(vec![text.to_owned()]))
-            }
-
-            fn visit_seq<A: de::SeqAccess<'de>>(self, mut texts: A) -> Result<Stop, A::Error> {
-                let mut all = vec![];
-                while let Some(text) = texts.next_element()? {
-                    all.push(text);
-                }
-                Ok(Stop(all))
-            }
-        }
-
-        deserializer.deserialize_any(Texts)
+        Ok(match text_or(deserializer, "a text or an array of texts")? {
+            TextOr::Text(text) => Self(vec![text]),
+            TextOr::Array(texts) => Self(texts),
+        })
     }
 }
 

@@ -80,7 +80,7 @@ struct OfPart<'a> {
 struct OfText<'a> {
     item_id: &'a str,
     output_index: usize,
-    /// Absent for calls.
+    /// Index of the part within a message; calls have no parts.
     #[serde(skip_serializing_if = "Option::is_none")]
     content_index: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]

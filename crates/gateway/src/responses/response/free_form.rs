@@ -31,7 +31,7 @@ pub(super) struct FreeForm {
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum Position {
-    /// Before the text.
+    /// Before the text, in the JSON around it.
     #[default]
     Before,
     Within,

@@ -72,7 +72,7 @@ pub(crate) enum Assistant {
 #[schema(as = ResponseOutputPart)]
 pub(crate) enum OutputPart {
     OutputText {
-        /// Always empty.
+        /// Always empty: models here cite nothing.
         annotations: Vec<String>,
         /// One for each token, if requested.
         logprobs: Vec<Logprob>,
@@ -171,6 +171,14 @@ impl From<OutputItem> for Item {
     fn from(item: OutputItem) -> Self {
         let text_of = |parts: Vec<OutputPart>| Some(Content::Parts(parts.into_iter().map(Part::from).collect()));
         let kind = |kind: &str| Some(kind.to_owned());
+        let call = |name_of_kind: &str, id, call_id, name, namespace| Self {
+            id: Some(id),
+            kind: kind(name_of_kind),
+            call_id: Some(call_id),
+            name: Some(name),
+            namespace,
+            ..Self::default()
+        };
         match item {
             OutputItem::Reasoning { id, content, .. } => {
                 Self { id: Some(id), kind: kind("reasoning"), content: text_of(content), ..Self::default() }
@@ -182,24 +190,12 @@ impl From<OutputItem> for Item {
                 content: text_of(content),
                 ..Self::default()
             },
-            OutputItem::FunctionCall { id, call_id, name, namespace, arguments, .. } => Self {
-                id: Some(id),
-                kind: kind("function_call"),
-                call_id: Some(call_id),
-                name: Some(name),
-                namespace,
-                arguments: Some(arguments),
-                ..Self::default()
-            },
-            OutputItem::CustomToolCall { id, call_id, name, namespace, input, .. } => Self {
-                id: Some(id),
-                kind: kind("custom_tool_call"),
-                call_id: Some(call_id),
-                name: Some(name),
-                namespace,
-                input: Some(input),
-                ..Self::default()
-            },
+            OutputItem::FunctionCall { id, call_id, name, namespace, arguments, .. } => {
+                Self { arguments: Some(arguments), ..call("function_call", id, call_id, name, namespace) }
+            }
+            OutputItem::CustomToolCall { id, call_id, name, namespace, input, .. } => {
+                Self { input: Some(input), ..call("custom_tool_call", id, call_id, name, namespace) }
+            }
         }
     }
 }
