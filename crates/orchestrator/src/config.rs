@@ -64,8 +64,8 @@ pub struct Config {
     /// Hours for which the answer of a request with an idempotency key is kept, encrypted, and given to repeats of the
     /// request. Stored responses are kept as long. With 0 no answer is kept.
     pub answers_kept_hours: u64,
-    /// Mebibytes of all answers that are kept, and as many of the requests of stored responses. If there are more, those of
-    /// the tenant that has most give way first.
+    /// Mebibytes of all answers that are kept, and as many of the requests of stored responses. If there are more,
+    /// those of the tenant that has most give way first.
     pub answers_kept_mib: u64,
     /// Seconds for which a request that crashed an engine is remembered. After two crashes it is refused. With 0 it is
     /// forgotten when its job ends.
