@@ -189,6 +189,8 @@ async fn a_connection_whose_peer_fell_silent_is_asked_before_it_is_used_again() 
 struct Pausing {
     inner: Arc<dyn Transport>,
     runs: watch::Receiver<bool>,
+    /// Whether it takes new connections even so, as a node does that has given up its old ones.
+    takes_new: bool,
 }
 
 struct PausingConnection {
@@ -212,6 +214,9 @@ impl Transport for Pausing {
 
     async fn accept(&self) -> Option<Arc<dyn Connection>> {
         let inner = self.inner.accept().await?;
+        if self.takes_new && !*self.runs.borrow() {
+            return Some(inner);
+        }
         until_it_runs(&self.runs).await;
         Some(Arc::new(PausingConnection { inner, runs: self.runs.clone() }))
     }
@@ -264,9 +269,14 @@ impl Connection for PausingConnection {
 
 /// A scene whose peer can be stopped. It answers `count` with a message a second for ten seconds.
 fn pausing() -> (Scene, watch::Sender<bool>) {
+    scene_with_pauses(false)
+}
+
+fn scene_with_pauses(takes_new: bool) -> (Scene, watch::Sender<bool>) {
     let scene = Scene::new(Duration::ZERO);
     let (stop, runs) = watch::channel(true);
-    let node = Arc::new(Pausing { inner: scene.network.node(&NodeKey::from_seed(&[1; 32])), runs: runs.clone() });
+    let inner = scene.network.node(&NodeKey::from_seed(&[1; 32]));
+    let node = Arc::new(Pausing { inner, runs: runs.clone(), takes_new });
     let server = Server::new(node, info()).stream("count", move |call: StreamCall| {
         let runs = runs.clone();
         async move {
@@ -338,25 +348,34 @@ async fn a_check_tells_a_new_connection_from_an_old_one() {
 
 #[tokio::test(start_paused = true)]
 async fn a_process_that_was_stopped_checks_its_connections_before_it_uses_them() {
-    let scene = Scene::new(Duration::ZERO);
+    let (scene, stop) = scene_with_pauses(true);
     scene.tasks.spawn(scene.client.clone().watch_for_pauses(CancellationToken::new()));
-    scene.serve();
     scene.ping(SECOND).await.expect("well");
     time::advance(SECOND * 20).await;
     scene.ping(SECOND).await.expect("well");
     assert_eq!(scene.dials(), 1, "a good connection stays");
-    scene.client.disconnect(scene.peer);
-
-    // A node that takes connections and never reads them stands for one that has given up the connection.
-    let _silent = scene.network.node(&NodeKey::from_seed(&[1; 32]));
-    scene.client.connect(scene.peer).await.expect("open");
-    scene.serve();
+    // Meanwhile the peer has given up the connection, and nobody says so.
+    stop.send_replace(false);
     time::advance(SECOND * 20).await;
     let begun = Instant::now();
     let long = StreamOptions { accept_within: SECOND * 100, ..options() };
     let refused = scene.client.open_stream(scene.peer, "none", Bytes::new(), long).await.expect_err("unknown");
     assert!(matches!(refused, CallError::Remote(_)), "{refused:?}");
     assert!(begun.elapsed() <= SECOND, "{:?}", begun.elapsed());
+    assert_eq!(scene.dials(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_that_watches_no_more_sees_no_pauses() {
+    let (scene, stop) = scene_with_pauses(true);
+    let end = CancellationToken::new();
+    let watch = scene.tasks.spawn(scene.client.clone().watch_for_pauses(end.clone()));
+    scene.ping(SECOND).await.expect("well");
+    end.cancel();
+    watch.await.expect("it ends");
+    time::advance(SECOND * 20).await;
+    stop.send_replace(false);
+    assert_eq!(scene.ping(SECOND).await, Err(CallError::Deadline), "the connection is used as it is");
 }
 
 #[tokio::test(start_paused = true)]
