@@ -416,6 +416,11 @@ impl Fake {
             call.cancelled().await;
             return self.cancelled.notify_one();
         }
+        // A server that cannot count tokens.
+        if request.input.count_only && request.model_id.as_str() == "other" {
+            let error = WireError::new(ErrorCode::UnsupportedParameter, "it does not count").with_param("input");
+            return call.refuse(error).await;
+        }
         if prompt == "over quota" {
             let state = QuotaState { spent: 990, ..quota() };
             let refusal = QuotaRefusal { state, wanted: 200 };

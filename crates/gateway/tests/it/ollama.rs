@@ -61,6 +61,20 @@ async fn a_call_comes_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn without_a_prompt_a_model_is_loaded_also_where_its_server_counts_no_tokens() {
+    let network = Network::start().await;
+    for (model, keep_alive, reason) in
+        [("tiny", json!("5m"), "load"), ("tiny", json!(0), "unload"), ("other", json!(-1), "load")]
+    {
+        let body = json!({"model": model, "keep_alive": keep_alive});
+        let loaded = whole(&network, "/api/generate", &body).await;
+        assert_eq!((&loaded["response"], &loaded["done_reason"]), (&json!(""), &json!(reason)), "{model}");
+    }
+    assert!(network.fake.jobs.lock().iter().all(|job| job.input.count_only));
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn vectors_come_in_both_forms() {
     let network = Network::start().await;
     let several = whole(&network, "/api/embed", &json!({"model": "tiny", "input": ["vectors", "b"]})).await;
