@@ -219,6 +219,7 @@ fn native_answer(answer: &Answer, whole: Whole) -> Option<GatewayAnswer> {
         usage: whole.usage,
         attempt: answer.attempt(),
         continued: answer.continued(),
+        degraded: answer.degraded().cloned().map(Box::new),
     })
 }
 

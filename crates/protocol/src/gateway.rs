@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::id::{CorrelationId, ModelName, ModelVersion};
-use crate::infer::{Embedding, FinishReason, InferSubmission, TokenLogprob, ToolCall, is_zero};
+use crate::infer::{Degraded, Embedding, FinishReason, InferSubmission, TokenLogprob, ToolCall, is_zero};
 use crate::usage::TokenUsage;
 
 /// Gateway: lists the models a token may use, as `GET /v1/models` does. [`ModelsRequest`] → OpenAI's list.
@@ -90,6 +90,9 @@ pub struct GatewayAnswer {
     /// How often another worker continued the answer.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub continued: u32,
+    /// How the job was made cheaper, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub degraded: Option<Box<Degraded>>,
 }
 
 /// One of the requested answers.

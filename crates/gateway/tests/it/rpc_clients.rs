@@ -124,6 +124,10 @@ async fn a_bare_call_gets_several_answers_and_vectors_in_our_words_too() {
     assert_eq!((answer.choice.text.as_str(), answer.further_choices[0].text.as_str()), ("ab", "x"));
     let answer = ask(json!({"embed": ["vectors", "b"]})).await;
     assert_eq!(answer.embeddings[1].vector(), Some(vec![1.0, 0.5]));
+    assert_eq!(answer.degraded, None);
+    let answer = ask(json!({"prompt": "degraded"})).await;
+    let degraded = answer.degraded.expect("another model answered, and the caller has no header to read it from");
+    assert_eq!((degraded.to_string().as_str(), answer.model_id.as_str()), ("model=other@0.1; reason=queue", "other"));
     network.end().await;
 }
 
