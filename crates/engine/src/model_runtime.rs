@@ -150,6 +150,8 @@ pub struct LoadOptions {
     pub vram_fit_bytes: Option<u64>,
     /// Whether the process of this model closes itself off from files, the network and other processes.
     pub sandbox: bool,
+    /// How far the process of this model stands back for other processes of the machine: its nice value, 0 to 19.
+    pub nice: u8,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -178,6 +180,7 @@ impl Default for LoadOptions {
             fit_bytes: None,
             vram_fit_bytes: None,
             sandbox: true,
+            nice: 0,
         }
     }
 }

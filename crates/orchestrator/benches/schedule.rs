@@ -74,6 +74,7 @@ fn fleet_of(size: u32, model: &ModelKey) -> Fleet {
                 }],
                 latency_hops: 0,
                 draining: false,
+                activity: protocol::health::Activity::Accepting,
                 continues: true,
                 epoch: 1,
                 seq: 0,

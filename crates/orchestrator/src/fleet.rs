@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use protocol::control::FleetWorker;
-use protocol::health::{CachedModel, EXPIRY, HealthReport, LoadProgress, ModelServer, ModelState};
+use protocol::health::{Activity, CachedModel, EXPIRY, HealthReport, LoadProgress, ModelServer, ModelState};
 use protocol::model::ModelKey;
 use protocol::prefix::PrefixChain;
 use protocol::{AdapterName, Digest, Region, WorkerId};
@@ -129,6 +129,7 @@ struct Worker {
     reserved_most: AtomicU32,
     pace: Pace,
     draining: bool,
+    activity: Activity,
     set_aside_until: Option<Instant>,
     ejected_until: Option<Instant>,
     last_seen: Instant,
@@ -244,6 +245,7 @@ impl Fleet {
             reserved_most: AtomicU32::new(reserved),
             pace: same_start.map(|before| before.pace.clone()).unwrap_or_default(),
             draining: report.draining,
+            activity: report.activity,
             // Unlike the next one, this outlives a restart: a worker must not shed its record by restarting.
             ejected_until,
             // A restarted worker is not blamed for its earlier process.
@@ -404,7 +406,7 @@ impl Fleet {
         let replicas = state.by_model.get(wanted.model)?.list.iter();
         let live = replicas.filter_map(|replica| {
             let worker = state.workers[replica.worker].as_ref()?;
-            let lives = !worker.draining && now.saturating_duration_since(worker.last_seen) < EXPIRY;
+            let lives = worker.report.takes_jobs() && now.saturating_duration_since(worker.last_seen) < EXPIRY;
             let lives = lives && wanted.regions.is_none_or(|regions| regions.contains(&worker.report.region));
             (lives && wanted.is_adapter_served(worker)).then_some((worker.worker_id, replica))
         });
@@ -515,7 +517,9 @@ impl State {
 
     fn is_live(&self, replica: &Replica, now: Instant) -> bool {
         let worker = self.workers[replica.worker].as_ref();
-        worker.is_some_and(|worker| !worker.draining && now.saturating_duration_since(worker.last_seen) < EXPIRY)
+        worker.is_some_and(|worker| {
+            worker.report.takes_jobs() && now.saturating_duration_since(worker.last_seen) < EXPIRY
+        })
     }
 
     fn forget_replica(&mut self, model: &ModelKey, worker: usize) {
@@ -609,6 +613,8 @@ impl<'a> CandidateIter<'a> {
                 Some(Refusal::ClockSkew)
             } else if worker.draining {
                 Some(Refusal::Draining)
+            } else if worker.activity == Activity::Paused {
+                Some(Refusal::Paused)
             } else if replica.failed {
                 Some(Refusal::ModelError)
             } else if replica.loading.is_some_and(|progress| !ends_soon(progress))
@@ -637,6 +643,7 @@ impl<'a> CandidateIter<'a> {
                 build: self.build,
                 resident: replica.resident,
                 has_file: !replica.to_fetch,
+                is_deprioritised: worker.activity == Activity::Deprioritised,
                 adapter_attached: wanted.is_adapter_attached(worker),
                 proximity: worker.proximity,
                 slots: worker.slots,

@@ -6,6 +6,7 @@ use std::cmp::Ordering;
 
 use protocol::WorkerId;
 use protocol::control::{CandidateScore, RefusedWorker};
+use protocol::health::Activity;
 use protocol::model::ModelKey;
 
 pub mod affinity;
@@ -25,6 +26,8 @@ pub struct Candidate {
     pub resident: bool,
     /// Whether the model's file is on its disk.
     pub has_file: bool,
+    /// Whether its machine's owner lets it take only jobs that find room on no other worker.
+    pub is_deprioritised: bool,
     /// Whether the requested adapter is attached, or none was requested.
     pub adapter_attached: bool,
     /// 1 in the same region, less in regions farther away.
@@ -56,6 +59,8 @@ pub enum Refusal {
     Busy,
     /// It accepts no new jobs.
     Draining,
+    /// Its machine's owner lets it take no jobs at present.
+    Paused,
     /// It did not acknowledge a recent job. It is chosen only if no other worker can be, and none is merely full.
     SetAside,
     /// It failed too often or lied. Like one that is set aside, it is chosen only if no other worker can be.
@@ -90,6 +95,7 @@ impl Refusal {
             Self::Full => "full",
             Self::Busy => "busy",
             Self::Draining => "draining",
+            Self::Paused => "paused",
             Self::SetAside => "set_aside",
             Self::Ejected => "ejected",
             Self::ClockSkew => "clock_skew",
@@ -275,7 +281,7 @@ fn refusal(candidate: &Candidate, tried: &[Tried]) -> Option<Refusal> {
 }
 
 /// Returns whether `one` is the better candidate. Workers that must fetch the model's file come last, whatever their
-/// score. Equal scores go to the lowest id, so that every orchestrator agrees.
+/// score, and before them those that their owners deprioritise. Equal scores go to the lowest id, so that every orchestrator agrees.
 fn is_better(one: (f64, &Candidate), other: (f64, &Candidate)) -> bool {
     order(one, other).is_lt()
 }
@@ -283,7 +289,8 @@ fn is_better(one: (f64, &Candidate), other: (f64, &Candidate)) -> bool {
 /// Orders candidates, the better first.
 fn order(one: (f64, &Candidate), other: (f64, &Candidate)) -> Ordering {
     let by_file = other.1.has_file.cmp(&one.1.has_file);
-    by_file.then_with(|| other.0.total_cmp(&one.0)).then_with(|| one.1.worker_id.cmp(&other.1.worker_id))
+    let by_owner = one.1.is_deprioritised.cmp(&other.1.is_deprioritised);
+    by_file.then(by_owner).then_with(|| other.0.total_cmp(&one.0)).then_with(|| one.1.worker_id.cmp(&other.1.worker_id))
 }
 
 fn cut(table: &mut Vec<(f64, Candidate)>) {
@@ -296,6 +303,7 @@ fn row(score: f64, candidate: &Candidate, model: Option<ModelKey>, fastest: f32)
     CandidateScore {
         worker_id: candidate.worker_id,
         model,
+        activity: if candidate.is_deprioritised { Activity::Deprioritised } else { Activity::Accepting },
         score,
         model_match: terms.model_match,
         region_proximity: terms.region_proximity,

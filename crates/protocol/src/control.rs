@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::UnixMillis;
-use crate::health::HealthReport;
+use crate::health::{Activity, HealthReport};
 use crate::id::{
     AdapterName, CorrelationId, Digest, InviteId, ModelName, ModelVersion, PublicKey, Region, TenantId, WorkerId,
 };
@@ -853,6 +853,9 @@ pub struct CandidateScore {
     /// Model that the worker would run, if several models may run the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelKey>,
+    /// Whether its owner lets it take all jobs, or only those that find room on no other worker.
+    #[serde(default, skip_serializing_if = "Activity::is_accepting")]
+    pub activity: Activity,
     /// Weighted sum of the terms.
     pub score: f64,
     /// 1 if the model is in memory, 0.9 if an adapter must be attached, 0.5 if the model must be loaded.

@@ -69,6 +69,9 @@ pub struct HealthReport {
     /// The worker finishes its jobs and takes no new ones. If no jobs are running or waiting, this is its last report.
     #[serde(default)]
     pub draining: bool,
+    /// Whether the worker takes jobs, as far as the people who use its machine let it.
+    #[serde(default, skip_serializing_if = "Activity::is_accepting")]
+    pub activity: Activity,
     /// The worker continues answers of its own engine that another worker began.
     #[serde(default)]
     pub continues: bool,
@@ -80,6 +83,35 @@ pub struct HealthReport {
     pub issued_at: UnixMillis,
     /// Expiry of the report, at most 15 seconds after `issuedAt`.
     pub not_after: UnixMillis,
+}
+
+/// Whether a worker on a machine that people work on takes jobs. Says nothing of the reason.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Activity {
+    /// It takes jobs.
+    #[default]
+    Accepting,
+    /// It takes jobs that find room on no other worker.
+    Deprioritised,
+    /// It takes no new jobs, and other workers continue its answers. It stays in the network.
+    Paused,
+}
+
+impl Activity {
+    /// Returns whether this is the state of a worker without restrictions.
+    pub fn is_accepting(&self) -> bool {
+        *self == Self::Accepting
+    }
+
+    /// Returns the state's name in reports and tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepting => "accepting",
+            Self::Deprioritised => "deprioritised",
+            Self::Paused => "paused",
+        }
+    }
 }
 
 /// Maximum and current number of a worker's jobs.
@@ -103,7 +135,12 @@ impl HealthReport {
             let cached = self.model_cache.iter().find(|cached| cached.key == *key);
             cached.is_none_or(|cached| cached.state == ModelState::Ready)
         };
-        !self.draining && self.supported.iter().any(is_at_hand)
+        self.takes_jobs() && self.supported.iter().any(is_at_hand)
+    }
+
+    /// Returns whether the worker takes new jobs at all.
+    pub fn takes_jobs(&self) -> bool {
+        !self.draining && self.activity != Activity::Paused
     }
 
     /// Returns whether the worker probably has the file with this digest, which belongs to one of `models` or to one of
@@ -118,7 +155,7 @@ impl HealthReport {
 
     /// Returns whether the worker takes jobs of a model, with an adapter or without one.
     pub fn serves(&self, model: &ModelKey, adapter: Option<&AdapterName>) -> bool {
-        !self.draining && self.supported.contains(model) && self.serves_adapter(model, adapter)
+        self.takes_jobs() && self.supported.contains(model) && self.serves_adapter(model, adapter)
     }
 
     /// Returns whether a supported model is served with this adapter, or without one.

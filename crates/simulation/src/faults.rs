@@ -27,6 +27,8 @@ pub enum Fault {
     Hang(u8),
     /// Generations of a worker break off after some tokens.
     Break(u8, u32, u32),
+    /// Somebody uses a worker's machine, so the worker pauses.
+    Occupy(u8),
     /// A worker's clock is wrong by milliseconds.
     Skew(u8, i64),
     /// An orchestrator's disk fails.
@@ -55,7 +57,7 @@ impl Fault {
             Node::Orchestrator(number) => number,
             _ => 0,
         };
-        match random.u8(..14) {
+        match random.u8(..15) {
             0..=2 => Self::Crash(Node::Worker(worker(random))),
             3 => Self::Crash(of(|node| !matches!(node, Node::Client(_) | Node::Worker(_)), random)),
             4 => Self::Cut(any(random), any(random)),
@@ -66,7 +68,8 @@ impl Fault {
             9 => Self::Break(worker(random), random.u32(1..4), random.u32(0..20)),
             10 => Self::Skew(worker(random), random.i64(-120_000..120_000)),
             11 => Self::Lose(any(random), any(random)),
-            12 => {
+            12 => Self::Occupy(worker(random)),
+            13 => {
                 let client = of(|node| matches!(node, Node::Client(_)), random);
                 let gateway = of(|node| matches!(node, Node::Gateway(_)), random);
                 [Self::Cut, Self::Hold, Self::Lose][random.usize(..3)](gateway, client)
@@ -98,6 +101,7 @@ impl Fault {
             Self::Break(worker, generations, after) => {
                 network.troubles[usize::from(worker)].break_next(generations, after);
             }
+            Self::Occupy(worker) => network.desks[usize::from(worker)].occupy(true),
             Self::Skew(worker, skew_ms) => network.skew(worker, skew_ms),
             Self::Disk(orchestrator, trouble) => network.disks[usize::from(orchestrator)].set(trouble),
         }
@@ -121,6 +125,7 @@ impl Fault {
             Self::Slow(node, _) => network.links.speed_up(node.public_key()),
             Self::Hang(worker) => network.troubles[usize::from(worker)].freeze(false),
             Self::Break(..) => {}
+            Self::Occupy(worker) => network.desks[usize::from(worker)].occupy(false),
             Self::Skew(worker, _) => network.skew(worker, 0),
             Self::Disk(orchestrator, _) => {
                 network.disks[usize::from(orchestrator)].set(faulty_store::Trouble::None);

@@ -2,10 +2,11 @@
 //! start again.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use artifact_store::ArtifactStore;
+use async_trait::async_trait;
 use gateway::{Gateway, GatewayParts};
 use metadata_store::{RegistryStore, SqliteStore};
 use observability::Exposition;
@@ -24,6 +25,7 @@ use tempfile::TempDir;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use worker::activity::{ActivityConfig, Manner, Signals, Surroundings};
 use worker::{BaseWorker, CatalogUse, DiskCalls, ServedModel, WorkerParts};
 
 use crate::faulty_store::{Disk, FaultyStore};
@@ -94,6 +96,25 @@ impl Clock for NodeClock {
     }
 }
 
+/// The desk with a worker's machine.
+#[derive(Default)]
+pub struct Desk {
+    is_occupied: AtomicBool,
+}
+
+impl Desk {
+    pub fn occupy(&self, is_occupied: bool) {
+        self.is_occupied.store(is_occupied, Ordering::Relaxed);
+    }
+}
+
+#[async_trait]
+impl Surroundings for Desk {
+    async fn look(&self, _: &ActivityConfig) -> Signals {
+        Signals { idle: self.is_occupied.load(Ordering::Relaxed).then_some(Duration::ZERO), ..Signals::default() }
+    }
+}
+
 /// How many nodes there are, and how they behave.
 #[derive(Debug, Clone)]
 pub struct Shape {
@@ -125,6 +146,7 @@ pub struct Network {
     workers: Vec<Option<CancellationToken>>,
     epochs: Vec<u64>,
     pub troubles: Vec<Arc<EngineTrouble>>,
+    pub desks: Vec<Arc<Desk>>,
     skews: Vec<Arc<AtomicI64>>,
     stop: CancellationToken,
 }
@@ -191,6 +213,7 @@ impl Network {
             workers: vec![None; workers],
             epochs: vec![0; workers],
             troubles: (0..workers).map(|_| Arc::default()).collect(),
+            desks: (0..workers).map(|_| Arc::default()).collect(),
             skews: (0..workers).map(|_| Arc::default()).collect(),
             shape,
             stop: CancellationToken::new(),
@@ -313,6 +336,7 @@ impl Network {
             queue_max: QUEUE_MAX,
             preload: true,
             memory_max_mib: 1024,
+            activity: ActivityConfig { in_use: Manner::Pause, hand_over_secs: 1, ..ActivityConfig::default() },
             ..worker::Config::default()
         };
         let clock = self.clock(self.skews[index].clone());
@@ -333,7 +357,8 @@ impl Network {
         };
         let stop = self.stop.child_token();
         self.workers[index] = Some(stop.clone());
-        self.tasks.spawn(BaseWorker::new(config, parts).run(stop));
+        let worker = BaseWorker::new(config, parts).with_surroundings(self.desks[index].clone());
+        self.tasks.spawn(worker.run(stop));
     }
 
     /// Ends a node without warning: its network and its disk are gone at once, so that nothing of it counts any more.

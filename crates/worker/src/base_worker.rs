@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use artifact_store::ArtifactStore;
@@ -13,8 +12,10 @@ use failpoints::failpoint;
 use protocol::artifact::FETCH;
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
-    Empty, MODEL_MOVE, ModelMove, ModelResidency, NodeInfo, NodeRole, PRESENCE_DESCRIBE, WorkerResidency,
+    Empty, MODEL_MOVE, ModelMove, ModelResidency, NodeInfo, NodeRole, PRESENCE_DESCRIBE, ResidencyState,
+    WorkerResidency,
 };
+use protocol::health::Activity;
 use protocol::infer::{InferRequest, Progress, START};
 use protocol::model::ModelKey;
 use protocol::signature::{NodeKey, Signed};
@@ -31,6 +32,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
+use crate::activity::{ActivityWatch, Machine, Surroundings};
 use crate::adoption::{Adoption, AdoptionWatch};
 use crate::announcer::{Announcer, topics};
 use crate::capabilities::Capabilities;
@@ -51,6 +53,7 @@ use crate::offers::Offers;
 use crate::quota_guard::{Demand, JobLimits, QuotaGuard, QuotaPermit};
 use crate::remote_models::RemoteModels;
 use crate::runtimes::Runtimes;
+use crate::standing::Standing;
 
 /// A job that has not begun after this time is accepted all the same. Orchestrators wait 500 ms for the acceptance. A
 /// job that begins sooner can still be refused if the engine rejects its request.
@@ -101,6 +104,7 @@ pub struct BaseWorker {
     directory_task: DirectoryTask,
     hearing: Arc<Hearing>,
     listed: Listed,
+    surroundings: Arc<dyn Surroundings>,
     changes: watch::Sender<()>,
     catalog_read: watch::Sender<Option<Instant>>,
     adopted: watch::Sender<Option<usize>>,
@@ -161,7 +165,16 @@ impl BaseWorker {
         });
         let loader = ModelLoader::new(
             ModelCache::new(&config.models, preload),
-            LoaderOptions { slots, queue_max, preload, memory_max, vram_max, sandbox: config.engine_sandbox, seed },
+            LoaderOptions {
+                slots,
+                queue_max,
+                preload,
+                memory_max,
+                vram_max,
+                sandbox: config.engine_sandbox,
+                nice: config.activity.nice,
+                seed,
+            },
             runtime.clone(),
             RemoteModels::new(runtime.servers.clone(), offers),
             fetcher,
@@ -174,6 +187,7 @@ impl BaseWorker {
         let end = stopped.clone().drop_guard();
         let hearing = Arc::new(Hearing::new(config.region.clone()));
         let catalog_read = watch::Sender::new((config.catalog == CatalogUse::Off).then(Instant::now));
+        let surroundings = Arc::new(Machine::new(parts.clock.clone(), parts.disk.clone()));
         let adopted = watch::Sender::new(parts.adoption.is_none().then_some(0));
         Self {
             config,
@@ -186,12 +200,19 @@ impl BaseWorker {
             directory_task,
             hearing,
             listed,
+            surroundings,
             changes,
             catalog_read,
             adopted,
             stopped,
             end,
         }
+    }
+
+    /// Follows the rules of [`crate::activity`] by this view of the machine.
+    #[must_use]
+    pub fn with_surroundings(self, surroundings: Arc<dyn Surroundings>) -> Self {
+        Self { surroundings, ..self }
     }
 
     /// Returns a handle that observes the worker while it runs.
@@ -215,6 +236,7 @@ impl BaseWorker {
             directory_task,
             hearing,
             listed,
+            surroundings,
             changes,
             catalog_read,
             adopted,
@@ -233,13 +255,13 @@ impl BaseWorker {
         let life = CancellationToken::new();
         let _end_of_life = life.clone().drop_guard();
         let bounds = config.clone();
+        let standing = Arc::new(Standing::new(life.clone()));
         let handlers = Arc::new(Handlers {
             bound_keep_alive: Box::new(move |secs| bounds.bounded_keep_alive(secs)),
-            draining: AtomicBool::new(false),
+            standing: standing.clone(),
             guard: guard.clone(),
             loader: loader.clone(),
             engine: ExecutionEngine::new(runtime, loader.clone()),
-            give_up: life.child_token(),
             job_ended: Notify::new(),
             reading: TaskTracker::new(),
         });
@@ -286,6 +308,17 @@ impl BaseWorker {
             let watch = AdoptionWatch::new(adoption, client.clone(), directory.clone(), loader.clone(), adopted);
             tasks.spawn(watch.run(keepers_stop.clone()));
         }
+        if config.activity.has_rules() {
+            let watch = ActivityWatch {
+                rules: config.activity.clone(),
+                surroundings,
+                standing: standing.clone(),
+                guard: guard.clone(),
+                loader: loader.clone(),
+                changes: changes.clone(),
+            };
+            tasks.spawn(watch.run(keepers_stop.clone()));
+        }
         let meter_stop = life.child_token();
         tasks.spawn(meter(handlers.clone(), EngineMeter::new(metrics), meter_stop.clone()));
 
@@ -301,10 +334,10 @@ impl BaseWorker {
 
         stop.cancelled().await;
         info!(jobs = guard.count(), "the worker is stopping");
-        handlers.draining.store(true, Ordering::Relaxed);
+        standing.stop();
         changes.send_replace(());
         if time::timeout(config.drain(), guard.empty()).await.is_err() {
-            handlers.give_up.cancel();
+            standing.hand_over();
             let _ = time::timeout(LAST_WORD, guard.empty()).await;
         }
         reporter_stop.cancel();
@@ -419,14 +452,12 @@ async fn meter(handlers: Arc<Handlers>, mut meter: EngineMeter, stop: Cancellati
 
 /// Handlers of the worker's RPC methods.
 struct Handlers {
-    draining: AtomicBool,
+    standing: Arc<Standing>,
     guard: Arc<QuotaGuard>,
     /// Clamps a request's `keep_alive` to the worker's bounds.
     bound_keep_alive: Box<dyn Fn(i64) -> i64 + Send + Sync>,
     loader: Arc<ModelLoader>,
     engine: ExecutionEngine,
-    /// Ends the jobs that did not end by themselves.
-    give_up: CancellationToken,
     job_ended: Notify,
     /// Requests that are being parsed on blocking threads.
     reading: TaskTracker,
@@ -525,7 +556,7 @@ impl Handlers {
             // parse a long request would look like a worker that does not respond.
             let Ok(reply) = call.accept().await else { return };
             let read = self.reading.spawn_blocking(move || read(&body)).await;
-            (Caller::Accepted(reply), read.unwrap_or_else(|_| Err(stopping())))
+            (Caller::Accepted(reply), read.unwrap_or_else(|_| Err(self.standing.refusal())))
         } else {
             (Caller::Waiting(call), read(&body))
         };
@@ -547,9 +578,7 @@ impl Handlers {
 
     /// Returns an error if a job is to be refused without parsing it.
     fn check_in(&self) -> Result<(), WireError> {
-        if self.draining.load(Ordering::Relaxed) {
-            return Err(stopping());
-        }
+        self.standing.check()?;
         Ok(self.guard.check_room()?)
     }
 
@@ -584,6 +613,7 @@ impl Handlers {
 
     async fn run(&self, caller: Caller, job: Job) -> Result<(), Broken> {
         let Job { request, entry, deadline, permit } = job;
+        let handed_over = self.standing.handed_over();
         failpoint!("worker-taken");
         let mut beginning = Box::pin(self.engine.begin(entry, request.clone()));
         let begun = match time::timeout(BEGIN_BEFORE_ACCEPT, &mut beginning).await {
@@ -610,7 +640,7 @@ impl Handlers {
             };
             tokio::select! {
                 biased;
-                () = self.give_up.cancelled() => Err(Broken::Failed(stopping())),
+                () = handed_over.cancelled() => Err(Broken::Failed(self.standing.refusal())),
                 () = passed(deadline, has_begun) => Err(Broken::Failed(too_late())),
                 answered = answering => answered,
             }
@@ -635,6 +665,11 @@ impl Handlers {
     fn move_model(&self, worker_id: WorkerId, request: &ModelMove) -> Result<ModelResidency, WireError> {
         let ModelMove { key, load, keep_alive_secs } = request;
         let entry = self.loader.cache().find(key).ok_or_else(|| not_here(key))?;
+        if *load && self.standing.activity() == Activity::Paused {
+            let reason = Some("the worker is paused, because of how its machine is used".to_owned());
+            let workers = vec![WorkerResidency { worker_id, state: ResidencyState::Unloaded, reason }];
+            return Ok(ModelResidency { key: key.clone(), workers });
+        }
         let (state, reason) = if *load { self.loader.bring(&entry, *keep_alive_secs) } else { entry.send_out() };
         info!(model = %key, load, ?state, "an operator moved the model");
         Ok(ModelResidency { key: key.clone(), workers: vec![WorkerResidency { worker_id, state, reason }] })
@@ -642,12 +677,13 @@ impl Handlers {
 
     fn condition(&self) -> Condition {
         let snapshots = self.loader.observe().snapshots;
-        Condition { jobs: self.guard.count(), draining: self.draining.load(Ordering::Relaxed), snapshots }
+        let (draining, activity) = (self.standing.is_stopping(), self.standing.activity());
+        Condition { jobs: self.guard.count(), draining, activity, snapshots }
     }
 
-    /// Returns the topics to announce: none while draining.
+    /// Returns the topics to announce: none while no job is taken.
     fn wanted_topics(&self, region: &Region) -> BTreeSet<Topic> {
-        if self.draining.load(Ordering::Relaxed) {
+        if !self.standing.takes_jobs() {
             return BTreeSet::new();
         }
         topics(region, self.loader.cache().ready().into_iter().map(|(key, _)| key))
@@ -701,10 +737,6 @@ async fn fail(reply: ResponseSink, error: WireError) {
 
 fn not_here(key: &ModelKey) -> WireError {
     WireError::new(ErrorCode::ModelNotHere, format!("this worker does not serve {key}, try another"))
-}
-
-fn stopping() -> WireError {
-    WireError::new(ErrorCode::WorkerStopping, "the worker is stopping, try another")
 }
 
 fn too_late() -> WireError {

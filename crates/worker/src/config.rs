@@ -10,6 +10,8 @@ use schemars::JsonSchema;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::activity::ActivityConfig;
+
 /// Settings of one worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -58,6 +60,8 @@ pub struct Config {
     pub latency_hops: u32,
     /// How much of this worker one tenant may take, whatever orchestrators send.
     pub quota: QuotaConfig,
+    /// What the worker does while people use its machine. Without rules it takes jobs at all times.
+    pub activity: ActivityConfig,
 }
 
 /// How much of a worker one tenant may take. A job beyond it goes to another worker.
@@ -254,6 +258,9 @@ pub enum ConfigError {
     /// Every server would count as hung.
     #[error("server_stall_secs must be at least 1")]
     NoServerStall,
+    /// The operating system knows no such priority.
+    #[error("nice must be at most 19")]
+    TooNice,
     /// A model has no source, or two.
     #[error("{0} needs either a file (or the digest of one in the store) or a remote server")]
     Source(ModelKey),
@@ -299,6 +306,7 @@ impl Default for Config {
             server_stall_secs: 120,
             latency_hops: 0,
             quota: QuotaConfig::default(),
+            activity: ActivityConfig::default(),
         }
     }
 }
@@ -314,6 +322,9 @@ impl Config {
         }
         if self.tenant_jobs_max == Some(0) {
             return Err(ConfigError::NoTenantJobs);
+        }
+        if self.activity.nice > 19 {
+            return Err(ConfigError::TooNice);
         }
         if let Some(model) = self.models.iter().find(|model| model.has_artifact() == model.remote.is_some()) {
             return Err(ConfigError::Source(model.key()));
@@ -592,6 +603,8 @@ mod tests {
         assert_eq!(Config { slots: 0, ..Config::default() }.check(), Err(ConfigError::NoSlots));
         let nobody = Config { tenant_jobs_max: Some(0), ..Config::default() };
         assert_eq!(nobody.check(), Err(ConfigError::NoTenantJobs));
+        let too_nice = ActivityConfig { nice: 20, ..ActivityConfig::default() };
+        assert_eq!(Config { activity: too_nice, ..Config::default() }.check(), Err(ConfigError::TooNice));
         let twice = Config { models: vec![model(), model()], ..Config::default() };
         assert_eq!(twice.check(), Err(ConfigError::ModelTwice(model().key())));
         let pirate = ServedAdapter { name: "pirate".parse().expect("name"), digest: Digest::of(b"adapter") };

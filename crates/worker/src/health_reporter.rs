@@ -8,7 +8,7 @@ use std::time::Duration;
 use engine::LoadSnapshot;
 use futures_util::future::join_all;
 use protocol::control::{Empty, NodeRole, PRESENCE_REPORT};
-use protocol::health::{self, Capacity, EXPIRY, HEARTBEAT, HealthReport};
+use protocol::health::{self, Activity, Capacity, EXPIRY, HEARTBEAT, HealthReport};
 use protocol::model::ModelKey;
 use protocol::signature::{NodeKey, Signed};
 use protocol::{Clock, PublicKey, Region, codec};
@@ -52,6 +52,7 @@ pub(crate) struct Condition {
     /// Permits that running and queued jobs hold.
     pub(crate) jobs: u32,
     pub(crate) draining: bool,
+    pub(crate) activity: Activity,
     pub(crate) snapshots: Vec<LoadSnapshot>,
 }
 
@@ -258,6 +259,7 @@ fn build(identity: &Identity, condition: &Condition, cache: &ModelCache, seq: u6
         model_cache: cache.manifest(&condition.snapshots),
         latency_hops: identity.latency_hops,
         draining: condition.draining,
+        activity: condition.activity,
         continues: true,
         epoch: identity.epoch,
         seq,
@@ -300,6 +302,7 @@ mod tests {
             model_cache: (models - in_memory..models).map(cached).collect(),
             latency_hops: 0,
             draining: false,
+            activity: protocol::health::Activity::Accepting,
             continues: true,
             epoch: 1,
             seq: 1,

@@ -4,6 +4,7 @@
 //! loader brings the model into memory. If the model's file is not here, the fetcher gets it from another node. The
 //! execution engine runs the job, and the health reporter keeps the orchestrators informed.
 
+pub mod activity;
 mod adoption;
 mod announcer;
 mod base_worker;
@@ -26,6 +27,7 @@ mod own_server;
 mod quota_guard;
 mod remote_models;
 mod runtimes;
+mod standing;
 mod transcript;
 
 pub use adoption::{Adoption, AdoptionError};

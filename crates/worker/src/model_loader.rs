@@ -101,6 +101,8 @@ pub(crate) struct LoaderOptions {
     pub(crate) vram_max: Option<u64>,
     /// Whether engines close their sandbox.
     pub(crate) sandbox: bool,
+    /// Nice value of engines.
+    pub(crate) nice: u8,
     /// Seed of the retries' jitter, so that a run is repeatable and workers differ.
     pub(crate) seed: u64,
 }
@@ -276,6 +278,20 @@ impl ModelLoader {
                 });
                 (ResidencyState::Loading, None)
             }
+        }
+    }
+
+    /// Unloads the models that no job uses, also pinned ones.
+    pub(crate) fn clear_memory(&self) {
+        for entry in self.cache.entries().iter().filter(|entry| entry.loaded().is_some()) {
+            entry.send_out();
+        }
+    }
+
+    /// Loads the models again that are in memory without any job asking for them.
+    pub(crate) fn restore_memory(self: &Arc<Self>) {
+        for entry in self.cache.entries().iter().filter(|entry| self.preloads(entry)) {
+            self.bring(entry, None);
         }
     }
 
@@ -724,6 +740,7 @@ impl ModelLoader {
                 config::Kernels::Off => Kernels::Off,
             },
             sandbox: self.options.sandbox,
+            nice: self.options.nice,
             ..LoadOptions::default()
         };
         if let Some(server) = entry.model.remote.clone() {

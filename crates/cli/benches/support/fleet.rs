@@ -124,6 +124,7 @@ fn report(key: &NodeKey, seq: u64) -> HealthReport {
         }],
         latency_hops: 0,
         draining: false,
+        activity: protocol::health::Activity::Accepting,
         continues: true,
         epoch: 1,
         seq,

@@ -254,11 +254,17 @@ fn placed(attempt: &AttemptDecision) -> String {
     text
 }
 
+/// Returns the name of a worker that was considered, and says so if its owner wants others to be chosen first.
+fn who(candidate: &CandidateScore) -> String {
+    let name = candidate.worker_id.short();
+    if candidate.activity.is_accepting() { name } else { format!("{name} ({})", candidate.activity.as_str()) }
+}
+
 fn candidate_row(candidate: &CandidateScore, chosen: Option<WorkerId>) -> Vec<String> {
     let term = |value: f64| format!("{value:.2}");
     vec![
         if Some(candidate.worker_id) == chosen { ">".to_owned() } else { String::new() },
-        candidate.worker_id.short(),
+        who(candidate),
         term(candidate.score),
         term(candidate.model_match),
         term(candidate.region_proximity),
@@ -298,6 +304,7 @@ mod tests {
         let candidate = CandidateScore {
             worker_id: one,
             model: None,
+            activity: protocol::health::Activity::Deprioritised,
             score: 9.25,
             model_match: 1.0,
             region_proximity: 1.0,
@@ -339,7 +346,7 @@ mod tests {
             "cheaper  max_tokens=64; reason=queue",
             "4 x model + 2 x region + 3 x queue + 1.5 x cache + 0.5 x speed",
             "attempt 1: aaaaaaaa, worker_failed",
-            ">  aaaaaaaa  9.25   1.00   1.00    0.50   0.25   0.50",
+            ">  aaaaaaaa (deprioritised)  9.25   1.00   1.00    0.50   0.25   0.50",
             "not considered: bbbbbbbb dr\\u{1b}[2Jaining",
         ] {
             assert!(text.contains(part), "{part} in\n{text}");

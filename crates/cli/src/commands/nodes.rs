@@ -160,6 +160,7 @@ fn worker_row(name: &str, worker: &FleetWorker) -> Vec<String> {
     let state = |state: ModelState| report.model_cache.iter().any(|model| model.state == state);
     let state = match () {
         () if report.draining => "stopping",
+        () if !report.activity.is_accepting() => report.activity.as_str(),
         () if state(ModelState::Ready) => "ready",
         () if state(ModelState::Loading) => "loading",
         () if state(ModelState::Error) => "error",

@@ -143,6 +143,7 @@ impl Seen {
             }],
             latency_hops: 0,
             draining: false,
+            activity: protocol::health::Activity::Accepting,
             continues: true,
             epoch: 1,
             seq: self.seq.fetch_add(1, Ordering::Relaxed) + 1,

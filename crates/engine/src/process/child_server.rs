@@ -63,6 +63,7 @@ pub fn serve_child(runtime: impl ModelRuntime) -> Result<(), ServeError> {
     let hardware = start_drivers(&runtime)?;
     let hello = ToParent::Hello { info: runtime.describe(), hardware };
     let Some(load) = greet(&hello, &files, &socket)? else { return Ok(()) };
+    stand_back(load.options.nice);
     let work = Work { available_bytes: host_memory::available_bytes(), sandbox: close_sandbox(&load, &hello), load };
     let threads = Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(ServeError::Threads)?;
     let served = threads.block_on(async {
@@ -127,6 +128,15 @@ fn greet(hello: &ToParent, files: &StdUnixStream, mut socket: &StdUnixStream) ->
         }
         ToChild::Unload => Ok(None),
         _ => Err(ServeError::Protocol("the first message is not to load a model".into())),
+    }
+}
+
+/// Lowers the priority of this process. Threads that are started later inherit it.
+fn stand_back(nice: u8) {
+    if nice > 0
+        && let Err(error) = rustix::process::nice(nice.into())
+    {
+        tracing::warn!(%error, nice, "the engine's priority could not be lowered");
     }
 }
 

@@ -121,6 +121,7 @@ fn worker(model: &ModelEntry, idle: &ModelEntry) -> FleetWorker {
         model_cache: vec![cached],
         latency_hops: 0,
         draining: false,
+        activity: protocol::health::Activity::Accepting,
         continues: true,
         epoch: 1,
         seq: 1,

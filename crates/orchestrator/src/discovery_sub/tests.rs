@@ -163,6 +163,7 @@ impl Worker {
             model_cache: vec![cached],
             latency_hops: 0,
             draining: false,
+            activity: protocol::health::Activity::Accepting,
             continues: true,
             epoch: 1,
             seq: self.seq.fetch_add(1, Ordering::SeqCst),

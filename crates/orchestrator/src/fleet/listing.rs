@@ -84,6 +84,7 @@ mod tests {
             pinned: vec![],
             latency_hops: 0,
             draining: false,
+            activity: protocol::health::Activity::Accepting,
             continues: true,
             epoch: 1,
             seq: 1,

@@ -32,6 +32,7 @@ fn report(number: u8, models: &[&str]) -> HealthReport {
         model_cache: models.iter().map(cached).collect(),
         latency_hops: 0,
         draining: false,
+        activity: protocol::health::Activity::Accepting,
         continues: true,
         epoch: 1,
         seq: 0,
@@ -245,6 +246,21 @@ fn a_job_waits_for_a_load_that_ends_soon_and_for_no_other() {
     assert_eq!(farthest(now + EXPIRY), None, "they are gone");
     fleet.update(report(1, &["m"]), now);
     assert_eq!(farthest(now), None, "one has it ready");
+}
+
+#[test]
+fn a_worker_that_its_owner_pauses_gets_no_job_and_one_that_is_deprioritised_does() {
+    let (fleet, now, model) = (fleet(), Instant::now(), model("m"));
+    let found = |activity| {
+        fleet.update(HealthReport { activity, ..report(1, &["m"]) }, now);
+        fleet.with_candidates(&[of(&model)], now, |mut found| {
+            found.next().map(|found| (found.barred, found.is_deprioritised))
+        })
+    };
+    assert_eq!(found(Activity::Accepting), Some((None, false)));
+    assert_eq!(found(Activity::Deprioritised), Some((None, true)));
+    assert_eq!(found(Activity::Paused), Some((Some(Refusal::Paused), false)), "it stays in the table");
+    assert_eq!(found(Activity::Accepting), Some((None, false)));
 }
 
 #[test]

@@ -34,6 +34,7 @@ fn report() -> HealthReport {
         model_cache: vec![],
         latency_hops: 0,
         draining: false,
+        activity: protocol::health::Activity::Accepting,
         continues: true,
         epoch: 1,
         seq: 0,

@@ -9,6 +9,7 @@ fn worker(number: u8) -> Candidate {
         worker_id: PublicKey([number; 32]),
         resident: true,
         has_file: true,
+        is_deprioritised: false,
         adapter_attached: true,
         proximity: 1.0,
         slots: 4,
@@ -66,6 +67,19 @@ fn whoever_has_to_fetch_the_file_comes_last_and_gets_the_job_where_no_other_take
     assert_eq!(chosen(&[to_fetch, far]), Some(far.worker_id), "a file on the disk, far away and busy");
     assert_eq!(chosen(&[to_fetch, Candidate { load: 8, ..far }]), Some(to_fetch.worker_id), "the other is full");
     assert_eq!(chosen(&[to_fetch]), Some(to_fetch.worker_id));
+}
+
+#[test]
+fn a_worker_whose_owner_deprioritises_it_gets_the_job_that_finds_room_nowhere_else() {
+    let poor = Candidate { resident: false, proximity: 0.0, load: 7, tokens_per_second: 1.0, ..worker(2) };
+    let deprioritised = Candidate { is_deprioritised: true, ..worker(1) };
+    let placement = place([deprioritised, poor].into_iter(), &[], &Weights::default(), &[]);
+    assert_eq!(placement.chosen, Some(poor));
+    let listed: Vec<_> = placement.candidates.iter().map(|row| (row.worker_id, row.activity)).collect();
+    assert_eq!(listed, [(poor.worker_id, Activity::Accepting), (deprioritised.worker_id, Activity::Deprioritised)]);
+    assert_eq!(chosen(&[deprioritised, Candidate { load: 8, ..poor }]), Some(deprioritised.worker_id));
+    let to_fetch = Candidate { has_file: false, ..worker(3) };
+    assert_eq!(chosen(&[deprioritised, to_fetch]), Some(deprioritised.worker_id), "a fetch takes longer");
 }
 
 #[test]

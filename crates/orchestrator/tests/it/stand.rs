@@ -395,6 +395,7 @@ impl Worker {
             model_cache: vec![CachedModel::new(model(), Digest::of(b"model"), ModelState::Ready)],
             latency_hops: 0,
             draining: false,
+            activity: protocol::health::Activity::Accepting,
             continues: true,
             epoch: 1,
             seq: self.seq.fetch_add(1, Ordering::SeqCst),

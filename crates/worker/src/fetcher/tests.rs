@@ -68,6 +68,7 @@ fn report(worker_id: PublicKey) -> HealthReport {
         model_cache: vec![],
         latency_hops: 0,
         draining: false,
+        activity: protocol::health::Activity::Accepting,
         continues: true,
         epoch: 1,
         seq: 1,

@@ -3,6 +3,7 @@
 mod adapters;
 mod catalog;
 mod jobs;
+mod manners;
 mod membership;
 mod memory;
 mod models;
@@ -117,6 +118,7 @@ impl Orchestrator {
 struct World {
     network: MemoryNetwork,
     clock: Arc<PausedClock>,
+    room: Arc<manners::Room>,
     tasks: TaskTracker,
     end: CancellationToken,
     folder: TempDir,
@@ -195,6 +197,7 @@ impl Scene {
         let world = World {
             network: MemoryNetwork::new(),
             clock: Arc::new(PausedClock { begin: Instant::now() }),
+            room: Arc::default(),
             tasks: TaskTracker::new(),
             end: CancellationToken::new(),
             folder,
@@ -219,7 +222,7 @@ impl Scene {
             adoption: None,
             version: "0".into(),
         };
-        let worker = BaseWorker::new(config, parts);
+        let worker = BaseWorker::new(config, parts).with_surroundings(world.room.clone());
         let handle = worker.handle();
         let stop = CancellationToken::new();
         let running = world.tasks.spawn(worker.run(stop.clone()));
