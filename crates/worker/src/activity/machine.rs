@@ -219,7 +219,7 @@ mod tests {
         used("ttyS0", 1);
         used("tty", 1);
         used("tty1", 900);
-        assert_eq!(terminals_idle(folder.path(), NOW), Some(Duration::from_secs(900)));
+        assert_eq!(terminals_idle(folder.path(), NOW), Some(Duration::from_mins(15)));
         used("pts/3", 40);
         assert_eq!(terminals_idle(folder.path(), NOW), Some(Duration::from_secs(40)));
         used("tty2", 0);
@@ -251,7 +251,7 @@ mod tests {
         assert_eq!(seat("ActiveSession=2\nIdleHint=no\nIdleSinceHint=0\n"), Some(Duration::ZERO));
         let since = (NOW.0 - 60_000) * 1_000;
         let idle = format!("IdleHint=yes\nIdleSinceHint={since}\nActiveSession=2\n");
-        assert_eq!(seat(&idle), Some(Duration::from_secs(60)));
+        assert_eq!(seat(&idle), Some(Duration::from_mins(1)));
         for unknown in
             ["", "ActiveSession=\nIdleHint=no\n", "ActiveSession=2\nIdleHint=yes\n", "ActiveSession=2\nIdleHint=\n"]
         {

@@ -201,7 +201,7 @@ mod tests {
     }
 
     const IDLE: Signals =
-        Signals { idle: Some(Duration::from_secs(300)), on_battery: false, is_metered: false, minute: 12 * 60 };
+        Signals { idle: Some(Duration::from_mins(5)), on_battery: false, is_metered: false, minute: 12 * 60 };
 
     #[test]
     fn each_rule_applies_while_its_condition_holds_and_the_strictest_wins() {
