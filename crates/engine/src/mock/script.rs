@@ -3,8 +3,8 @@
 use serde_json::{Map, Value, json};
 
 use crate::model_runtime::{
-    Chat, EngineError, FinishReason, GenerateRequest, OutputFormat, Piece, PromptInput, TokenLogprob, ToolCallDelta,
-    ToolChoice, unsupported,
+    Chat, EngineError, FinishReason, GenerateRequest, OutputFormat, Piece, PromptInput, Role, TokenLogprob, Tool,
+    ToolCallDelta, ToolChoice, unsupported,
 };
 
 /// The log-probability of each token. Each alternative's is one less than that of the one before.
@@ -25,8 +25,8 @@ enum Body {
     Words(u32),
     /// A text that is a single token.
     Text(String),
-    /// A call: one token for its name, and one for its arguments.
-    Call { name: String, arguments: String },
+    /// A call: one token for its name, and one for each word of its arguments.
+    Call { name: String, arguments: Vec<String> },
 }
 
 impl Script {
@@ -53,7 +53,7 @@ impl Script {
         let body = match &self.body {
             Body::Words(count) => *count,
             Body::Text(_) => 1,
-            Body::Call { .. } => 2,
+            Body::Call { arguments, .. } => u32::try_from(arguments.len()).unwrap_or(u32::MAX).saturating_add(1),
         };
         body.saturating_add(self.thinks.into())
     }
@@ -81,8 +81,9 @@ impl Script {
                 let (id, name) = (Some(format!("call_{name}")), Some(name.clone()));
                 calls(ToolCallDelta { id, name, ..ToolCallDelta::default() })
             }
-            (Some(_), Body::Call { arguments, .. }) => {
-                calls(ToolCallDelta { arguments: arguments.clone(), ..ToolCallDelta::default() })
+            (Some(index), Body::Call { arguments, .. }) => {
+                let arguments = arguments.get(index as usize - 1).cloned().unwrap_or_default();
+                calls(ToolCallDelta { arguments, ..ToolCallDelta::default() })
             }
         };
         let logprobs = self.logprobs.map(|count| logprob(token, &piece, count)).into_iter().collect();
@@ -96,13 +97,46 @@ pub(super) fn word(index: u32) -> String {
 }
 
 fn call(chat: &Chat) -> Option<Body> {
-    let tool = match &chat.tool_choice {
-        ToolChoice::Auto | ToolChoice::None => None,
-        ToolChoice::Required => chat.tools.first(),
-        ToolChoice::Function(name) => chat.tools.iter().find(|tool| tool.name == *name),
-    }?;
+    let is_allowed = |tool: &&Tool| match &chat.tool_choice {
+        ToolChoice::Auto | ToolChoice::Required => true,
+        ToolChoice::Function(name) => tool.name == *name,
+        ToolChoice::None => false,
+    };
+    let mut tools = chat.tools.iter().filter(is_allowed);
+    if let Some(call) = tools.clone().find_map(|tool| Some(body(tool, &written_arguments(chat, tool)?))) {
+        return Some(call);
+    }
+    let tool = tools.next().filter(|_| chat.tool_choice != ToolChoice::Auto)?;
     let arguments = tool.parameters.as_ref().map_or_else(|| json!({}), |schema| instance(schema, schema, DEPTH_MAX));
-    Some(Body::Call { name: tool.name.clone(), arguments: arguments.to_string() })
+    Some(body(tool, &arguments))
+}
+
+fn body(tool: &Tool, arguments: &Value) -> Body {
+    let arguments = arguments.to_string().split_inclusive(' ').map(str::to_owned).collect();
+    Body::Call { name: tool.name.clone(), arguments }
+}
+
+/// Returns the arguments of a call of this tool that a user wrote out, such as `add(2, 3)` or `add({"a": 2, "b": 3})`,
+/// and whose result is not there yet.
+fn written_arguments(chat: &Chat, tool: &Tool) -> Option<Value> {
+    let unanswered = chat.messages.iter().rev().take_while(|message| message.role != Role::Tool);
+    let call = format!("{}(", tool.name);
+    unanswered
+        .filter(|message| message.role == Role::User)
+        .flat_map(|message| message.content.match_indices(&call).map(|(at, _)| &message.content[at + call.len()..]))
+        .find_map(|rest| parse_arguments(rest, tool))
+}
+
+/// Parses the arguments at the beginning of a text: an object, or values in the order of the tool's parameters.
+fn parse_arguments(rest: &str, tool: &Tool) -> Option<Value> {
+    if rest.starts_with('{') {
+        return serde_json::Deserializer::from_str(rest).into_iter::<Value>().next()?.ok();
+    }
+    let (values, _) = rest.split_once(')')?;
+    let values: Vec<Value> = serde_json::from_str(&format!("[{values}]")).ok()?;
+    let properties = tool.parameters.as_ref().and_then(|schema| schema.get("properties")).and_then(Value::as_object);
+    let names = properties.into_iter().flat_map(Map::keys).cloned();
+    Some(Value::Object(names.zip(values).collect()))
 }
 
 fn calls(delta: ToolCallDelta) -> Piece {

@@ -183,6 +183,30 @@ async fn a_function_that_must_be_called_is_called_as_its_schema_says() {
 }
 
 #[tokio::test]
+async fn a_call_that_the_user_wrote_out_is_called_once() {
+    let (runtime, model) = mock(MockOptions::default(), LoadOptions::default()).await;
+    let parameters = json!({"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}});
+    let add = Tool { name: "add".into(), description: None, parameters: Some(parameters) };
+    for (question, called) in [
+        ("What is add(2, \"x y\")?", Some(r#"{"a":2,"b":"x y"}"#)),
+        ("Call add({\"b\": \")\"}).", Some(r#"{"b":")"}"#)),
+        ("add(nothing) and add(1)", Some(r#"{"a":1}"#)),
+        ("add(", None),
+        ("What is added?", None),
+    ] {
+        let asked = vec![Message::new(Role::User, question)];
+        let answered = [asked.clone(), vec![Message::new(Role::Tool, "3")]].concat();
+        for (messages, called) in [(asked, called), (answered, None)] {
+            let chat = Chat { messages, tools: vec![add.clone()], ..Chat::default() };
+            let request = GenerateRequest::new(model, PromptInput::Chat(chat));
+            let (whole, _) = gather(runtime.generate(request).await.expect("it starts")).await;
+            let arguments: String = whole.tool_calls.iter().map(|delta| delta.arguments.as_str()).collect();
+            assert_eq!(called.unwrap_or_default(), arguments, "{question}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn json_log_probabilities_and_thoughts_come_where_they_are_asked_for() {
     let (runtime, model) = mock(MockOptions::default(), LoadOptions::default()).await;
     let template_options = [("enable_thinking".to_owned(), true.into())].into_iter().collect();
