@@ -15,8 +15,8 @@ use protocol::quota::QuotaState;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, UnixMillis, WireError, codec};
 use rpc::{CallError, ResponseStream};
-use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
@@ -80,7 +80,8 @@ pub struct Content {
     pub text: String,
     /// Text to append to the model's reasoning, which comes before the answer.
     pub reasoning: String,
-    /// Tool call deltas.
+    /// Tool call deltas, one for each call.
+    #[serde(deserialize_with = "joined")]
     pub tool_calls: Vec<ToolCallDelta>,
     /// The tokens of the text; only their number matters here.
     pub tokens: Vec<IgnoredAny>,
@@ -119,6 +120,19 @@ impl Content {
             && logprobs.is_empty()
             && embeddings.is_empty())
     }
+}
+
+/// Reads tool call deltas and joins consecutive ones of the same call. A worker sends what its engine generated since
+/// its last chunk, but LangChain and instructor read a second delta of a call in one chunk as a second call.
+fn joined<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ToolCallDelta>, D::Error> {
+    let mut joined: Vec<ToolCallDelta> = Vec::new();
+    for delta in Vec::<ToolCallDelta>::deserialize(deserializer)? {
+        match joined.last_mut().filter(|last| last.index == delta.index) {
+            Some(last) => last.arguments += &delta.arguments,
+            None => joined.push(delta),
+        }
+    }
+    Ok(joined)
 }
 
 /// How many answers and vectors a job asks for.
@@ -542,6 +556,16 @@ mod tests {
             let piece = Sequence::new(job(), Expected::default()).read(raw).expect("in order").expect("part of it");
             assert_eq!(piece.content.tokens(), tokens, "{payload}");
         }
+    }
+
+    #[test]
+    fn a_chunk_has_one_delta_for_each_call() {
+        let deltas = r#"{"index":0,"id":"a","name":"f","arguments":"{"},{"index":0,"arguments":"}"},
+            {"index":1,"id":"b","name":"g"},{"index":1,"arguments":"{}"}"#;
+        let raw = chunk(0, 1, &format!(r#""payload":{{"toolCalls":[{deltas}]}},"done":false"#));
+        let piece = Sequence::new(job(), Expected::default()).read(raw).expect("in order").expect("part of it");
+        let calls: Vec<_> = piece.content.tool_calls.iter().map(|delta| (delta.index, &*delta.arguments)).collect();
+        assert_eq!(calls, [(0, "{}"), (1, "{}")]);
     }
 
     #[test]
