@@ -2,10 +2,14 @@
 
 pub(super) mod stored;
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
+
 use axum::body::Body;
 use axum::extract::{Request, State};
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use http::{HeaderValue, Response, header};
-use protocol::kept::{KeptRef, KeptStatus};
+use protocol::kept::{KeptRef, KeptStatus, NOTE_BYTES_MAX};
 use protocol::{CorrelationId, ErrorCode, TenantId, WireError};
 
 use super::errors::ApiError;
@@ -19,6 +23,9 @@ use crate::responses::note::{self, Note};
 use crate::responses::request::{self, ResponseRequest, ResponseRequestBody};
 use crate::responses::response::events::Events;
 use crate::responses::response::{self, Heading};
+
+/// How many stored responses are read at the same time for one request.
+const READS_AT_ONCE: usize = 8;
 
 /// Answers a conversation of items. Unless `store` is false, the response can be read again under its id.
 #[utoipa::path(
@@ -68,6 +75,10 @@ pub(super) async fn create(State(bridge): State<Bridge>, request: Request) -> Re
 /// Adds the earlier conversation to a request, and what is kept of it to its job.
 async fn prepare(bridge: &Bridge, request: &mut ParsedRequest<ResponseRequest>) -> Result<(), WireError> {
     let tenant_id = request.admitted.grant.tenant_id.clone();
+    let referred = request.parsed.referred()?;
+    if !referred.is_empty() {
+        request.parsed.resolve(stored_items(bridge, &tenant_id, referred).await?)?;
+    }
     if let Some(previous) = request.parsed.previous_response_id.clone() {
         let earlier = earlier_items(bridge, tenant_id, &previous).await?;
         request.parsed.continue_after(earlier)?;
@@ -79,21 +90,57 @@ async fn prepare(bridge: &Bridge, request: &mut ParsedRequest<ResponseRequest>) 
 /// Returns the conversation of a stored response, including its answer.
 async fn earlier_items(bridge: &Bridge, tenant_id: TenantId, previous: &str) -> Result<Vec<Item>, WireError> {
     const PARAM: &str = "previous_response_id";
-    let missing = |error: WireError| match error.code {
-        ErrorCode::NotFound => invalid(PARAM, "names no stored response; it may have expired or been deleted"),
-        _ => error,
-    };
-    let correlation_id = note::job_of(previous).map_err(missing)?;
-    let kept = KeptRef { tenant_id, correlation_id };
-    let (keeper, answer) = bridge.gateway.kept(&kept).await.map_err(missing)?;
-    if answer.status != KeptStatus::Completed {
-        return Err(invalid(PARAM, "names a response that is not complete"));
-    }
-    let note = Note::read(&answer.note)?;
-    let read = bridge.gateway.read_kept(keeper, &kept).await.map_err(missing)?;
-    let mut items = note.items.clone();
-    items.extend(response::items_of(&Heading::of_kept(correlation_id, note, answer.created_at), &read.whole));
+    let correlation_id = note::job_of(previous).map_err(|error| of_param(error, PARAM))?;
+    let (mut items, answer) = stored_conversation(bridge, tenant_id, correlation_id, PARAM).await?;
+    items.extend(answer);
     Ok(items)
+}
+
+/// Returns the items of the answers of stored responses, by their ids.
+async fn stored_items(
+    bridge: &Bridge,
+    tenant_id: &TenantId,
+    jobs: BTreeSet<CorrelationId>,
+) -> Result<BTreeMap<String, Item>, WireError> {
+    let read = |job| stored_conversation(bridge, tenant_id.clone(), job, "input");
+    let mut answers = pin!(stream::iter(jobs).map(read).buffered(READS_AT_ONCE));
+    let (mut items, mut bytes) = (BTreeMap::new(), 0);
+    while let Some((_, answer)) = answers.try_next().await? {
+        bytes += answer.iter().map(Item::bytes).sum::<usize>();
+        if bytes > NOTE_BYTES_MAX {
+            let what = format!("refers to more than {NOTE_BYTES_MAX} bytes of stored answers");
+            return Err(invalid("input", &what));
+        }
+        items.extend(answer.into_iter().filter_map(|item| Some((item.id.clone()?, item))));
+    }
+    Ok(items)
+}
+
+/// Returns the items that a stored response was generated from, and those of its answer.
+async fn stored_conversation(
+    bridge: &Bridge,
+    tenant_id: TenantId,
+    correlation_id: CorrelationId,
+    param: &str,
+) -> Result<(Vec<Item>, Vec<Item>), WireError> {
+    let kept = KeptRef { tenant_id, correlation_id };
+    let (keeper, answer) = bridge.gateway.kept(&kept).await.map_err(|error| of_param(error, param))?;
+    if answer.status != KeptStatus::Completed {
+        return Err(invalid(param, "names a response that is not complete"));
+    }
+    let mut note = Note::read(&answer.note)?;
+    let read = bridge.gateway.read_kept(keeper, &kept).await.map_err(|error| of_param(error, param))?;
+    let earlier = std::mem::take(&mut note.items);
+    let answer = response::items_of(&Heading::of_kept(correlation_id, note, answer.created_at), &read.whole);
+    Ok((earlier, answer))
+}
+
+/// Blames a parameter for a stored response that does not exist.
+fn of_param(error: WireError, param: &str) -> WireError {
+    match error.code {
+        ErrorCode::NotFound => invalid(param, "names no stored response; it may have expired or been deleted"),
+        _ => error,
+    }
 }
 
 /// Waits for the whole answer.

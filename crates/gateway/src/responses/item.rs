@@ -13,6 +13,8 @@ use crate::openai::request::{Content, Part, join};
 
 /// The type of items that do not name theirs.
 const MESSAGE: &str = "message";
+/// The type of items that stand for an item of a stored response.
+const REFERENCE: &str = "item_reference";
 
 /// One item of a conversation, as clients send it and as it is kept. Which fields it has depends on its type.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -42,6 +44,23 @@ pub(crate) struct Item {
     pub(crate) input: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) output: Option<Content>,
+}
+
+impl Item {
+    /// Returns the id of the stored item that this one stands for.
+    pub(super) fn referred(&self) -> Option<&str> {
+        self.id.as_deref().filter(|_| self.kind.as_deref() == Some(REFERENCE))
+    }
+
+    /// Returns the length of the text of an item of an answer.
+    pub(crate) fn bytes(&self) -> usize {
+        let content = match &self.content {
+            Some(Content::Text(text)) => text.len(),
+            Some(Content::Parts(parts)) => parts.iter().filter_map(|part| part.text.as_deref()).map(str::len).sum(),
+            None => 0,
+        };
+        content + [&self.arguments, &self.input].into_iter().flatten().map(String::len).sum::<usize>()
+    }
 }
 
 /// Author of a message.
@@ -116,6 +135,7 @@ pub(super) enum ItemSchema {
     FunctionCall(FunctionCallItem),
     CustomToolCall(CustomToolCallItem),
     CallOutput(CallOutputItem),
+    Reference(ReferenceItem),
 }
 
 macro_rules! item_type {
@@ -131,6 +151,7 @@ item_type!(ReasoningType, Reasoning);
 item_type!(FunctionCallType, FunctionCall);
 item_type!(CustomToolCallType, CustomToolCall);
 item_type!(CallOutputType, FunctionCallOutput, CustomToolCallOutput);
+item_type!(ReferenceType, ItemReference);
 
 /// A message of the conversation, by whomever.
 #[derive(ToSchema)]
@@ -199,6 +220,15 @@ pub(super) struct CallOutputItem {
     output: Content,
 }
 
+/// Stands for an item of the answer of a stored response.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "only its description is used")]
+pub(super) struct ReferenceItem {
+    #[schema(inline)]
+    r#type: ReferenceType,
+    id: String,
+}
+
 /// Builds the messages of a conversation. Instructions come first.
 pub(super) fn messages(instructions: Option<&str>, items: &[Item]) -> Result<Vec<Message>, WireError> {
     let mut conversation = Conversation::default();
@@ -229,6 +259,8 @@ impl Conversation {
                 self.call(item, arguments, path)
             }
             "function_call_output" | "custom_tool_call_output" => self.result(item, path),
+            // The stored item takes its place before the job is sent.
+            REFERENCE => field(item.id.as_ref(), path, "id").map(|_| self.say(Message::new(Role::Assistant, ""))),
             kind => Err(unknown(kind, path)),
         }
     }
@@ -314,11 +346,6 @@ fn thought(parts: &[Part], path: &str) -> Result<String, WireError> {
 
 fn unknown(kind: &str, path: &str) -> WireError {
     let kind: String = kind.chars().take(40).collect();
-    let message = match &*kind {
-        "item_reference" => {
-            format!("{path} refers to an item; send the item itself, or name the response in previous_response_id")
-        }
-        kind => format!("{path} is of the type {kind:?}, which is not supported here; leave it out"),
-    };
+    let message = format!("{path} is of the type {kind:?}, which is not supported here; leave it out");
     WireError::new(ErrorCode::UnsupportedParameter, message).with_param(format!("{path}.type"))
 }

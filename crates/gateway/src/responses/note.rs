@@ -52,6 +52,14 @@ pub(crate) fn job_of(id: &str) -> Result<CorrelationId, WireError> {
     hex.and_then(|hex| Uuid::try_parse(hex).ok()).map(CorrelationId).ok_or_else(|| not_found(id))
 }
 
+/// Returns the job of the response whose answer has this item, as [`item_id`](super::response) names it.
+pub(super) fn job_of_item(id: &str) -> Option<CorrelationId> {
+    let (_, name) = id.split_once('_')?;
+    let (hex, index) = name.split_at_checked(32)?;
+    let is_index = !index.is_empty() && index.bytes().all(|byte| byte.is_ascii_digit());
+    Uuid::try_parse(hex).ok().filter(|_| is_index).map(CorrelationId)
+}
+
 pub(crate) fn not_found(id: &str) -> WireError {
     let id: String = id.chars().take(60).collect();
     let message =
@@ -71,6 +79,17 @@ mod tests {
             ["", "resp_", "resp_12", "msg_00000000000000000000000000000007", "resp_{0000000000000000000000000000}"]
         {
             assert_eq!(job_of(bad).expect_err(bad).code, ErrorCode::NotFound, "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_item_leads_to_the_job_of_its_response() {
+        let job = CorrelationId(Uuid::from_u128(0x1234_5678_9abc));
+        assert_eq!(job_of_item(&format!("msg_{}00", job.0.simple())), Some(job));
+        for bad in
+            ["", "msg", "msg_1", "msg_00000000000000000000000000000007", "msg_00000000000000000000000000000007i0"]
+        {
+            assert_eq!(job_of_item(bad), None, "{bad}");
         }
     }
 }

@@ -5,17 +5,22 @@
 mod body;
 mod tools;
 
-use protocol::WireError;
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::{CorrelationId, WireError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::item::{self, Item};
-use super::note::Note;
+use super::note::{self, Note};
 use super::tool_names::ToolNames;
 use crate::job::Job;
-use crate::json_body::read;
+use crate::json_body::{invalid, read};
 pub(crate) use body::ResponseRequestBody;
+
+/// The number of stored responses whose items a request may refer to.
+const REFERRED_MAX: usize = 256;
 
 /// A parsed request for a response.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,12 +44,40 @@ pub struct ResponseRequest {
 }
 
 impl ResponseRequest {
+    /// Returns the jobs of the stored responses whose items the request refers to.
+    pub(crate) fn referred(&self) -> Result<BTreeSet<CorrelationId>, WireError> {
+        let job = |(index, id)| note::job_of_item(id).ok_or_else(|| not_stored(index));
+        let jobs: BTreeSet<_> = self.references().map(job).collect::<Result<_, _>>()?;
+        if jobs.len() <= REFERRED_MAX {
+            return Ok(jobs);
+        }
+        Err(invalid("input", &format!("may refer to items of {REFERRED_MAX} responses; send the items themselves")))
+    }
+
+    /// Replaces the references by the stored items. Each item may be referred to once.
+    pub(crate) fn resolve(&mut self, mut stored: BTreeMap<String, Item>) -> Result<(), WireError> {
+        for (index, item) in self.items.iter_mut().enumerate() {
+            if let Some(id) = item.referred() {
+                *item = stored.remove(id).ok_or_else(|| not_stored(index))?;
+            }
+        }
+        self.read_items()
+    }
+
+    fn references(&self) -> impl Iterator<Item = (usize, &str)> {
+        self.items.iter().enumerate().filter_map(|(index, item)| Some((index, item.referred()?)))
+    }
+
+    fn read_items(&mut self) -> Result<(), WireError> {
+        self.job.input.messages = Some(item::messages(self.echo.instructions.as_deref(), &self.items)?);
+        Ok(())
+    }
+
     /// Puts an earlier conversation before the items of the request. Instructions are not carried over.
     pub(crate) fn continue_after(&mut self, mut earlier: Vec<Item>) -> Result<(), WireError> {
         earlier.append(&mut self.items);
         self.items = earlier;
-        self.job.input.messages = Some(item::messages(self.echo.instructions.as_deref(), &self.items)?);
-        Ok(())
+        self.read_items()
     }
 
     /// Adds what is kept of the request to its job, if the response is stored.
@@ -59,6 +92,11 @@ impl ResponseRequest {
         self.job.detached = self.background;
         Ok(())
     }
+}
+
+fn not_stored(index: usize) -> WireError {
+    let what = "refers to no item of a stored response; it may have expired, been deleted, or be referred to twice";
+    invalid(&format!("input[{index}].id"), what)
 }
 
 /// Parses the body of `POST /v1/responses`.

@@ -149,6 +149,33 @@ async fn a_conversation_goes_on_from_a_stored_response() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_item_of_a_stored_response_is_named_by_its_id() {
+    let network = Network::start().await;
+    let first = network.respond("hi", json!({})).await;
+    let reference = json!({"type": "item_reference", "id": first["output"][0]["id"]});
+    let user = |text: &str| json!({"role": "user", "content": text});
+    network.respond("", json!({"input": [user("hi"), reference, user("go on")]})).await;
+    let job = network.fake.jobs.lock().last().cloned().expect("a job");
+    let messages = job.input.messages.expect("messages");
+    let read: Vec<_> = messages.iter().map(|message| (message.role.as_str(), &*message.content)).collect();
+    assert_eq!(read, [("user", "hi"), ("assistant", "Hello"), ("user", "go on")]);
+    let kept: Value = serde_json::from_str(&job.note.expect("it is stored")).expect("JSON");
+    assert_eq!(kept["items"][1]["type"], "message", "what is kept does not depend on the response before it");
+    for (input, param) in [
+        (json!([reference, reference]), "input[1].id"),
+        (json!([{"type": "item_reference", "id": "msg_1"}]), "input[0].id"),
+        (json!([{"type": "item_reference", "id": format!("msg_{:032}00", 7)}]), "input"),
+    ] {
+        let response = network.post(PATH, &body("", json!({"input": input}))).send().await.expect("answered");
+        expect_error(response, 400, "invalid_value", Some(param)).await;
+    }
+    network.stored(Method::DELETE, first["id"].as_str().expect("an id"), 1).await;
+    let gone = network.post(PATH, &body("", json!({"input": [user("hi"), reference]}))).send().await.expect("answered");
+    expect_error(gone, 400, "invalid_value", Some("input")).await;
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_response_in_the_background_is_accepted_at_once_and_read_later() {
     let network = Network::start().await;
     let accepted = network.respond("hi", json!({"background": true})).await;

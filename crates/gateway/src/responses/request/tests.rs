@@ -186,7 +186,7 @@ fn what_is_not_supported_is_refused_by_name() {
             InvalidValue,
             "tools[0].parameters",
         ),
-        (item(json!({"type": "item_reference", "id": "msg_1"})), UnsupportedParameter, "input[0].type"),
+        (item(json!({"type": "item_reference"})), InvalidValue, "input[0].id"),
         (item(json!({"type": "web_search_call"})), UnsupportedParameter, "input[0].type"),
         (item(json!({"content": "x"})), InvalidValue, "input[0].role"),
         (item(json!({"role": "user"})), InvalidValue, "input[0].content"),
