@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build dist demo up test simulate linearizability quotas cuts interop rolling drill points templates bench bench-gateway bench-engine bench-failover lint audit fuzz clean
+.PHONY: help build mock dist demo up test simulate linearizability quotas cuts interop frameworks agents kills schema rolling drill points templates bench bench-gateway bench-engine bench-failover lint audit fuzz clean
 
 # dev shares one build between tests and programs; release is for users.
 PROFILE ?= release
@@ -11,6 +11,8 @@ BUILT := $(TARGET_DIR)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/tether
 # A program that already exists. If it is set, nothing is built.
 TETHER ?=
 PROGRAM := $(or $(TETHER),$(BUILT))
+# The program with mocks in place of engines, which is built beside it.
+MOCK := $(dir $(PROGRAM))examples/mock
 
 # The models of the engine benchmark: shape and quantisation.
 BENCH_MODELS ?= qwen2.5-0.5b-q4_0 qwen2.5-0.5b-q8_0 tinyllama-1.1b-q4_0 tinyllama-1.1b-q8_0
@@ -64,9 +66,30 @@ cuts: ## Cuts answers in JSON schemas and function calls a thousand times, and c
 	@scripts/setup test
 	scripts/with-progress cargo nextest run --package tether-engine --run-ignored only -E 'test(a_thousand_cuts)'
 
-interop: build ## Tests against OpenAI's SDKs, Node's Hyperswarm, llama-server and our client for Node
+mock: build
+ifeq ($(TETHER),)
+	scripts/with-progress cargo build --profile $(PROFILE) --package tether --example mock
+endif
+
+interop: mock ## Tests against SDKs, the AI SDK, Node's Hyperswarm, llama-server and our client for Node
 	@scripts/setup interop
-	TETHER_BIN=$(PROGRAM) interop/run
+	TETHER_BIN=$(PROGRAM) TETHER_MOCK=$(MOCK) interop/run
+
+frameworks: mock ## Tests openai-agents, pydantic-ai, instructor, LiteLLM and LangChain before mocks
+	@scripts/setup interop
+	TETHER_MOCK=$(MOCK) TETHER_BIN=$(PROGRAM) interop/run frameworks
+
+agents: mock ## Has Claude Code, Codex, opencode and qwen-code use a tool, before mocks
+	@scripts/setup interop
+	TETHER_MOCK=$(MOCK) TETHER_BIN=$(PROGRAM) interop/run agents
+
+kills: mock ## Kills a worker every ten seconds while frameworks and coding agents take turns (KILLS=6)
+	@scripts/setup interop
+	TETHER_MOCK=$(MOCK) TETHER_BIN=$(PROGRAM) KILLS=$(or $(KILLS),6) interop/run kills
+
+schema: mock ## Fuzzes the HTTP API by its own description, with Schemathesis (EXAMPLES=100)
+	@scripts/setup interop
+	TETHER_MOCK=$(MOCK) TETHER_BIN=$(PROGRAM) interop/run schema --max-examples $(or $(EXAMPLES),100)
 
 rolling: build ## Restarts every process of a network in turn while clients ask, and counts failures (REQUESTS=10000)
 	@scripts/setup interop
@@ -133,4 +156,4 @@ fuzz: ## Fuzzes every decoder of untrusted bytes (FUZZ_SECONDS=300 each)
 
 clean: ## Removes build outputs and installed packages
 	cargo clean
-	rm -rf interop/.venv* interop/node/node_modules interop/agents/node_modules interop/hyperswarm/node_modules clients/js/node_modules fuzz/artifacts
+	rm -rf interop/.venv* interop/{node,ai-sdk,agents}/node_modules interop/hyperswarm/node_modules clients/js/node_modules fuzz/artifacts

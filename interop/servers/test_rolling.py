@@ -53,7 +53,8 @@ class Node:
 
     def environment(self):
         variables = {"PATH": os.environ["PATH"], "HOME": str(self.folder)}
-        return variables | {"TETHER_GATEWAY__RATE_LIMIT__REQUESTS_PER_MINUTE": "0"}
+        pace = {name: value for name, value in os.environ.items() if name.startswith("GGML_MOCK_")}
+        return variables | pace | {"TETHER_GATEWAY__RATE_LIMIT__REQUESTS_PER_MINUTE": "0"}
 
     def start(self, *how):
         with (self.folder / "log").open("a") as log:
