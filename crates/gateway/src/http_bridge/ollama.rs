@@ -6,6 +6,7 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use http::{HeaderValue, Response, header};
+use protocol::control::Scope;
 use protocol::{ErrorCode, WireError};
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -222,6 +223,8 @@ async fn ask_of_model(bridge: &Bridge, request: Request) -> Result<(Inquiry, Nam
     let inquiry = Inquiry { context: context(&parts.extensions), token: token(&parts.headers).map(str::to_owned) };
     let config = bridge.gateway.config();
     request_body::check_head(&parts.headers, MODEL_BYTES_MAX)?;
+    // Nobody without a key has a body read.
+    bridge.gateway.authenticate(inquiry.token.as_deref(), inquiry.context.origin, Scope::Infer).await?;
     let bytes = request_body::read(&mut body, MODEL_BYTES_MAX, seconds(config.body_idle_secs)).await?;
     Ok((inquiry, request::parse_model(&bytes)?))
 }

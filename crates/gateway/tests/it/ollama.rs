@@ -130,6 +130,16 @@ async fn an_error_is_a_text() {
     network.end().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_asked_for_before_a_body_is_read() {
+    let network = Network::start().await;
+    for path in ["/api/show", "/api/pull"] {
+        let request = network.request(Method::POST, path).header("content-type", "application/json").body("no JSON");
+        assert_eq!(request.send().await.expect("answered").status(), 401, "{path}");
+    }
+    network.end().await;
+}
+
 /// A file with an API key, as a data folder has.
 fn key_file(seed: u8) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().expect("a file");
