@@ -81,7 +81,7 @@ pub(super) async fn alias() -> Response<Body> {
 /// HMAC of the nonce and the gateway's address under a secret in the folder.
 #[utoipa::path(
     get, path = "/healthz/folder/{nonce}", tag = "operations", operation_id = "proveFolder",
-    params(("nonce" = String, Path, description = "A random number, as 64 hexadecimal digits")),
+    params(("nonce" = String, Path, pattern = "^[0-9a-fA-F]{64}$", description = "A random number, as 64 hexadecimal digits")),
     responses(
         (status = 200, description = "The proof", body = FolderProof),
         (status = 400, description = "The nonce is malformed", body = ErrorBody),

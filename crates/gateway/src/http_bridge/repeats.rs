@@ -21,7 +21,7 @@ pub(super) struct RepeatHeaders {
     /// A key of the client's choice for this request, 1 to 255 visible ASCII characters. A repeat with the same key and
     /// body, within 24 hours by default, gets the same answer; the request runs once. A finished answer comes with
     /// `Idempotency-Replayed: true`. Another body under the key gets status 422.
-    #[param(rename = "Idempotency-Key")]
+    #[param(rename = "Idempotency-Key", min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
     idempotency_key: Option<String>,
     /// With an `Idempotency-Key`: the `id` of the last event of the stream that the client has. The stream continues
     /// after it.

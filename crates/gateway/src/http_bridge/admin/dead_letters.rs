@@ -42,7 +42,7 @@ pub(crate) async fn list(operator: Operator, query: Query) -> Result<Json<DeadLe
 #[utoipa::path(
     get, path = "/admin/v1/dead-letters/{correlationId}", tag = "admin", operation_id = "showDeadLetter", security(("bearer" = [])),
     params(
-        ("correlationId" = String, Path, description = "Id of the request, as in the header `x-request-id`"),
+        ("correlationId" = String, Path, format = "uuid", description = "Id of the request, as in the header `x-request-id`"),
         ("payload" = Option<bool>, Query, description = "Return the request too, with its prompt"),
     ),
     responses(
@@ -66,7 +66,7 @@ pub(crate) async fn show(
 #[utoipa::path(
     post, path = "/admin/v1/dead-letters/{correlationId}/replay", tag = "admin", operation_id = "replayDeadLetter", security(("bearer" = [])),
     params(
-        ("correlationId" = String, Path, description = "Id of the request, as in the header `x-request-id`"),
+        ("correlationId" = String, Path, format = "uuid", description = "Id of the request, as in the header `x-request-id`"),
         ("keep" = Option<bool>, Query, description = "Keep the letter even if the request completes"),
     ),
     responses(
@@ -86,7 +86,7 @@ pub(crate) async fn replay(
 /// Deletes the dead letters of a request.
 #[utoipa::path(
     delete, path = "/admin/v1/dead-letters/{correlationId}", tag = "admin", operation_id = "purgeDeadLetter", security(("bearer" = [])),
-    params(("correlationId" = String, Path, description = "Id of the request, as in the header `x-request-id`")),
+    params(("correlationId" = String, Path, format = "uuid", description = "Id of the request, as in the header `x-request-id`")),
     responses(
         (status = 200, description = "How many were deleted", body = published::DeadLettersPurged),
         ApiError,

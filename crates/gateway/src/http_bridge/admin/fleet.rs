@@ -25,7 +25,7 @@ pub(crate) async fn list(operator: Operator) -> Result<Json<Fleet>, ApiError> {
 /// The candidates of old jobs are forgotten first.
 #[utoipa::path(
     get, path = "/admin/v1/jobs/{correlationId}/decision", tag = "admin", operation_id = "explainJob", security(("bearer" = [])),
-    params(("correlationId" = String, Path, description = "Id of the request, as in the header `x-request-id`")),
+    params(("correlationId" = String, Path, format = "uuid", description = "Id of the request, as in the header `x-request-id`")),
     responses(
         (status = 200, description = "How the job was placed", body = published::Decision),
         ApiError,

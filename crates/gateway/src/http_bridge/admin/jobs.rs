@@ -47,7 +47,7 @@ pub(super) fn limit(query: &Query) -> Result<u32, WireError> {
 /// Shows the jobs of a request, the newest first. There is one, unless the request was repeated with another token.
 #[utoipa::path(
     get, path = "/admin/v1/jobs/{correlationId}", tag = "admin", operation_id = "showJobs", security(("bearer" = [])),
-    params(("correlationId" = String, Path, description = "Id of the request, as in the header `x-request-id`")),
+    params(("correlationId" = String, Path, format = "uuid", description = "Id of the request, as in the header `x-request-id`")),
     responses(
         (status = 200, description = "The jobs; none if no orchestrator knows one", body = published::JobList),
         ApiError,
@@ -61,7 +61,7 @@ pub(crate) async fn show(Segment(correlation_id): Segment, operator: Operator) -
 /// read is billed.
 #[utoipa::path(
     post, path = "/admin/v1/jobs/{correlationId}/cancel", tag = "admin", operation_id = "cancelJobs", security(("bearer" = [])),
-    params(("correlationId" = String, Path, description = "Id of the request, as in the header `x-request-id`")),
+    params(("correlationId" = String, Path, format = "uuid", description = "Id of the request, as in the header `x-request-id`")),
     responses(
         (status = 200, description = "The jobs that were running, as they are now, and how many waited",
             body = published::CancelledJobs),

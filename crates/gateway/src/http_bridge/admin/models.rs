@@ -109,7 +109,7 @@ async fn check_unloaded(gateway: &Gateway, name: &ModelName, version: Option<Mod
 #[utoipa::path(
     post, path = "/admin/v1/models/{id}/load", tag = "admin", operation_id = "loadModel", security(("bearer" = [])),
     params(("id" = String, Path, description = "`name` or `name@MAJOR.MINOR`, or an alias")),
-    request_body(content = Kept, content_type = "application/json"),
+    request_body(content = Option<Kept>, content_type = "application/json"),
     responses(
         (status = 200, description = "State of the model on each worker", body = published::ModelResidency),
         ApiError,
