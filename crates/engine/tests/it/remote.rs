@@ -98,6 +98,16 @@ async fn an_answer_of_vllm_comes_whole_with_its_usage() {
 }
 
 #[tokio::test]
+async fn a_server_that_sends_elsewhere_is_not_followed() {
+    let other = FakeServer::start(|path, _| vllm(path, Reply::Events(VLLM_ANSWER.into()))).await;
+    let (_server, runtime, id) = attached_vllm(Reply::Elsewhere(other.url())).await;
+    let refused = runtime.generate(question(id)).await;
+    assert!(matches!(refused, Err(EngineError::Failed { .. })), "{:?}", refused.err());
+    // Neither the prompt nor the server's key.
+    assert_eq!(other.heads(), [""; 0]);
+}
+
+#[tokio::test]
 async fn a_reader_that_leaves_closes_the_connection_at_once() {
     let (server, runtime, id) = attached_vllm(Reply::EventsAndSilence(FIRST_PIECE.into())).await;
     let mut stream = runtime.generate(question(id)).await.expect("it begins");

@@ -16,6 +16,8 @@ use tokio_util::task::TaskTracker;
 pub(super) enum Reply {
     /// A status and a body.
     Json(u16, String),
+    /// The URL of another server, where the request belongs.
+    Elsewhere(String),
     /// An event stream that ends.
     Events(String),
     /// An event stream that begins and then says nothing more.
@@ -103,6 +105,10 @@ async fn serve(
         Reply::Json(status, body) => {
             let head = format!("HTTP/1.1 {status} X\r\ncontent-type: application/json\r\nconnection: close\r\n");
             (format!("{head}content-length: {}\r\n\r\n{body}", body.len()), true)
+        }
+        Reply::Elsewhere(url) => {
+            let head = "HTTP/1.1 307 X\r\nconnection: close\r\ncontent-length: 0\r\n";
+            (format!("{head}location: {url}/chat/completions\r\n\r\n"), true)
         }
         Reply::Events(events) => (format!("{}{events}", event_head()), true),
         Reply::EventsAndSilence(events) => (format!("{}{events}", event_head()), false),
