@@ -1,3 +1,4 @@
 //! The published contracts, as others see them.
 
+mod replays;
 mod schemas;
