@@ -17,6 +17,7 @@ model_id = "{name}"
 version = "1.0"
 digest = "{digest}"
 server_command = ["{python}", "{script}", "{{model}}", "{{port}}"]
+server_paths = ["{packages}", "{script}"]
 """
 
 
@@ -25,7 +26,8 @@ def network(tmp_path):
     settings = tmp_path / "tether.toml"
     digest = hashlib.sha256(TINY.read_bytes()).hexdigest()
     script = HERE / "llama_server.py"
-    settings.write_text(SETTINGS.format(name=NAME, digest=digest, python=sys.executable, script=script))
+    values = {"python": sys.executable, "packages": sys.prefix, "script": script}
+    settings.write_text(SETTINGS.format(name=NAME, digest=digest, **values))
     network = Network(tmp_path, "--config", str(settings))
     yield network
     network.stop()

@@ -20,6 +20,7 @@ mod pipe;
 mod preflight;
 mod resource_limits;
 pub(crate) mod sandbox;
+mod server_process;
 mod spawn;
 mod stall_watch;
 
@@ -47,6 +48,7 @@ use crate::{gguf, memory_plan};
 pub use child_server::{ServeError, serve_child};
 pub use descriptors::close_in_children;
 use engine_process::{EngineProcess, Loading};
+pub use server_process::{ServerCommand, start_server};
 
 /// The number of events of one generation that may be unacknowledged.
 const CREDIT: usize = 256;

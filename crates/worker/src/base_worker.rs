@@ -247,6 +247,9 @@ impl BaseWorker {
         if !config.engine_sandbox {
             warn!("engine_sandbox is off: a malicious model file can read what this program can read");
         }
+        for model in config.models.iter().filter(|model| model.has_open_server()) {
+            warn!(model = %model.key(), "server_sandbox is off: a malicious model file can read what this program can read");
+        }
         let hardware = runtime.hardware().await;
         device_report::log_devices(&hardware);
         loader.set_hardware(&hardware);

@@ -139,6 +139,14 @@ pub struct ServedModel {
     /// `{port}` for the port to listen on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub server_command: Vec<String>,
+    /// Closes the program of `server_command` off from files, connections to others and other processes (Linux only).
+    /// It can read its libraries, use GPUs, start programs, and listen on its port.
+    #[serde(default = "yes")]
+    pub server_sandbox: bool,
+    /// Further files and folders that the program of `server_command` may read, write and run, such as a log file that
+    /// exists or a folder of Python packages.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub server_paths: Vec<PathBuf>,
     /// Context length of a job in tokens; 0 uses the length that the model was trained with, at most 8192, and less if
     /// memory is short.
     #[serde(default)]
@@ -221,6 +229,10 @@ pub struct ServedAdapter {
     pub name: AdapterName,
     /// SHA-256 of the artifact.
     pub digest: Digest,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn first_version() -> ModelVersion {
@@ -391,6 +403,8 @@ impl ServedModel {
             digest: None,
             remote: None,
             server_command: Vec::new(),
+            server_sandbox: true,
+            server_paths: Vec::new(),
             context_length: 0,
             threads: 0,
             gpu_layers: None,
@@ -419,6 +433,11 @@ impl ServedModel {
     /// Returns whether a server runs the model, instead of Tether's engine.
     pub(crate) fn is_server(&self) -> bool {
         self.remote.is_some() || !self.server_command.is_empty()
+    }
+
+    /// Returns whether a server that the worker starts is in no sandbox.
+    pub(crate) fn has_open_server(&self) -> bool {
+        !self.server_command.is_empty() && !self.server_sandbox
     }
 
     /// Returns whether the model is never unloaded, given whether the network pins it. Tether cannot unload a model of

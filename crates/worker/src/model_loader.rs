@@ -847,7 +847,7 @@ impl ModelLoader {
         let bytes = artifact.bytes;
         let facts = self.facts_of(&artifact).await;
         if !entry.model.server_command.is_empty() {
-            let loaded = self.remote.start(&entry.model.server_command, &artifact.file, &options).await?;
+            let loaded = self.remote.start(&entry.model, &artifact.file, &options).await?;
             return Ok((loaded, Some((bytes, facts))));
         }
         let artifact = match entry.model.pinned() {

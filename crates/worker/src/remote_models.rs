@@ -18,7 +18,7 @@ use tokio::fs;
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
-use crate::config::RemoteServer;
+use crate::config::{RemoteServer, ServedModel};
 use crate::model_facts;
 use crate::offers::{OfferError, Offers};
 use crate::own_server::OwnServer;
@@ -99,27 +99,28 @@ impl RemoteModels {
     /// the server is started anew on another one.
     pub(crate) async fn start(
         &self,
-        command: &[String],
+        served: &ServedModel,
         model: &File,
         options: &LoadOptions,
     ) -> Result<LoadedModel, AttachError> {
         for _ in 1..STARTS_MAX {
-            match self.start_once(command, model, options).await {
+            match self.start_once(served, model, options).await {
                 Err(AttachError::Stranger(port)) => warn!(port, "another program took a server's port; trying another"),
                 outcome => return outcome,
             }
         }
-        self.start_once(command, model, options).await
+        self.start_once(served, model, options).await
     }
 
     async fn start_once(
         &self,
-        command: &[String],
+        served: &ServedModel,
         model: &File,
         options: &LoadOptions,
     ) -> Result<LoadedModel, AttachError> {
         let model = model.try_clone().map_err(AttachError::Start)?;
-        let mut server = OwnServer::start(command, model).map_err(AttachError::Start)?;
+        let paths = served.server_sandbox.then(|| served.server_paths.clone());
+        let mut server = OwnServer::start(&served.server_command, model, paths).map_err(AttachError::Start)?;
         let address = ServerAddress::new(&server.base_url(), None)?;
         let listening = async {
             while !server.has_ended() {
@@ -137,7 +138,7 @@ impl RemoteModels {
             return Err(AttachError::Stranger(server.port()));
         }
         let (loaded, _) = self.runtime.attach(address, &name, options).await?;
-        let loaded = LoadedModel { pid: server.pid(), ..loaded };
+        let loaded = LoadedModel { pid: server.pid(), sandbox: server.sandbox(), ..loaded };
         // If the server could not bind its port, another program responded there.
         if server.has_ended() {
             let _ = self.runtime.unload(loaded.id).await;

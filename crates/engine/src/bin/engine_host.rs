@@ -1,5 +1,5 @@
 //! An engine process for tests: `engine-host llama`, `engine-host mock [name=number]…`, or `engine-host captured
-//! llama`, which attempts to get out of its sandbox.
+//! llama`, which attempts to get out of its sandbox. `engine-host attempt NAME ARGUMENT` is a server that attempts it.
 //!
 //! The shipped program offers the first through a hidden subcommand.
 
@@ -22,6 +22,8 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let kind = arguments.first().map(String::as_str);
     let served = match kind {
+        #[cfg(target_os = "linux")]
+        Some("attempt") => return captured::attempted(&arguments[1..]),
         #[cfg(target_os = "linux")]
         Some("captured") => captured(arguments.get(1).map(String::as_str)),
         #[cfg(feature = "llama")]

@@ -4,6 +4,7 @@
 //! enforced for root, and would keep a busy user's engine from starting its threads. The sandbox refuses to start
 //! processes instead.
 
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// The maximum number of open files: a split model has up to 250, which are opened twice, and GPU drivers open some
@@ -12,11 +13,17 @@ const FILES_MAX: u64 = 4_096;
 
 /// Lowers the limits of this process for good. A core file would hold prompts and answers.
 pub(super) fn lower() {
-    for (resource, max) in [(Resource::Core, 0), (Resource::Nofile, FILES_MAX)] {
-        if let Err(error) = setrlimit(resource, lowered(getrlimit(resource), max)) {
-            tracing::warn!(%error, ?resource, "a limit of the engine process cannot be lowered");
-        }
+    if let Err((resource, error)) = try_lower() {
+        tracing::warn!(%error, ?resource, "a limit of the engine process cannot be lowered");
     }
+}
+
+/// Does the same, and allocates no memory: it may run in a process that was just forked.
+pub(super) fn try_lower() -> Result<(), (Resource, Errno)> {
+    let limits = [(Resource::Core, 0), (Resource::Nofile, FILES_MAX)];
+    limits.into_iter().try_for_each(|(resource, max)| {
+        setrlimit(resource, lowered(getrlimit(resource), max)).map_err(|error| (resource, error))
+    })
 }
 
 fn lowered(limit: Rlimit, max: u64) -> Rlimit {

@@ -6,18 +6,35 @@
 //! refuses system calls; both apply for good, and to root as well. Only Linux has them. Whatever the kernel lacks is
 //! reported and not hidden: the process tries each way out before it goes on. See
 //! `docs/adr/0050-engines-in-a-sandbox.md`.
+//!
+//! Programs of others that serve a model are started in a sandbox with more room ([`ServerSandbox`]). See
+//! `docs/adr/0065-own-servers-in-a-sandbox.md`.
 
 #[cfg(target_os = "linux")]
 mod call_numbers;
 #[cfg(target_os = "linux")]
 mod files;
 #[cfg(target_os = "linux")]
+mod own_rules;
+#[cfg(target_os = "linux")]
 mod system_calls;
 
 use std::fmt;
 use std::fs::File;
+#[cfg(target_os = "linux")]
+use std::io;
+#[cfg(target_os = "linux")]
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+#[cfg(target_os = "linux")]
+use std::os::fd::{AsFd as _, OwnedFd};
+#[cfg(target_os = "linux")]
+use std::path::{Path, PathBuf};
 
+#[cfg(target_os = "linux")]
+use files::ServerRules;
 use serde::{Deserialize, Serialize};
+#[cfg(target_os = "linux")]
+use system_calls::ServerFilters;
 
 /// The sandbox of an engine process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,7 +58,11 @@ pub enum Sandbox {
 pub enum Target {
     Files,
     Network,
-    /// Starting, tracing and signalling processes.
+    /// The network, except for those that connect to the process at its port.
+    Connections,
+    /// Ports to listen on, except for the one that it was given.
+    Ports,
+    /// Starting, tracing and signalling processes. A server may start processes, which are in its sandbox.
     Processes,
 }
 
@@ -50,6 +71,8 @@ impl fmt::Display for Target {
         formatter.write_str(match self {
             Self::Files => "files",
             Self::Network => "network",
+            Self::Connections => "connections to others",
+            Self::Ports => "other ports",
             Self::Processes => "other processes",
         })
     }
@@ -88,6 +111,20 @@ pub(super) struct Needs<'a> {
     pub(super) drivers: bool,
 }
 
+/// What a server still needs that a worker starts.
+#[cfg(target_os = "linux")]
+#[derive(Debug)]
+pub(super) struct ServerNeeds<'a> {
+    /// The file of its model.
+    pub(super) model: &'a File,
+    /// The file of its program, if that was found.
+    pub(super) program: Option<&'a Path>,
+    /// What else it may use.
+    pub(super) paths: &'a [PathBuf],
+    /// The port that it listens on.
+    pub(super) port: u16,
+}
+
 /// What the kernel did with each means: its name, or why it is missing.
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
@@ -120,6 +157,70 @@ pub(super) fn close(needs: &Needs<'_>) -> Sandbox {
         (Target::Processes, means.seccomp.is_err() || can_signal_its_parent()),
     ];
     report(&means, &within_reach)
+}
+
+/// A sandbox for a server that is yet to be started.
+#[cfg(target_os = "linux")]
+#[derive(Debug)]
+pub(super) struct ServerSandbox {
+    rules: Option<OwnedFd>,
+    filters: Option<ServerFilters>,
+    /// What it does, as was found out in a thread.
+    pub(super) report: Sandbox,
+}
+
+#[cfg(target_os = "linux")]
+impl ServerSandbox {
+    pub(super) fn new(needs: &ServerNeeds<'_>) -> io::Result<Self> {
+        let (rules, filters) = (ServerRules::new(needs), ServerFilters::new());
+        let (report, means) = std::thread::scope(|scope| {
+            let tried = std::thread::Builder::new().spawn_scoped(scope, || tried(rules.as_ref(), filters.as_ref()))?;
+            tried.join().map_err(|_| io::Error::other("the thread that tries the sandbox panicked"))
+        })?;
+        Ok(Self {
+            rules: rules.ok().filter(|_| means.landlock.is_ok()).and_then(ServerRules::into_descriptor),
+            filters: filters.ok().filter(|_| means.seccomp.is_ok()),
+            report,
+        })
+    }
+
+    /// Closes it around this process, or fails. It allocates no memory, so it may run between `fork` and `exec`.
+    pub(super) fn enter(&self) -> io::Result<()> {
+        own_rules::drop_capabilities();
+        if let Some(rules) = &self.rules {
+            own_rules::enter(rules.as_fd())?;
+        }
+        match self.filters.as_ref().map(ServerFilters::apply) {
+            Some(Err(_)) => Err(io::ErrorKind::PermissionDenied.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Closes this thread off for good, and says what it can reach all the same.
+#[cfg(target_os = "linux")]
+fn tried(rules: Result<&ServerRules, &String>, filters: Result<&ServerFilters, &String>) -> (Sandbox, Means) {
+    let unused = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr());
+    let files = rules.map_err(Clone::clone).and_then(ServerRules::close);
+    let means = Means {
+        may_empty_files: files.as_ref().is_ok_and(|closed| closed.abi < files::GUARDS_LENGTH),
+        threads_outside: 0,
+        landlock: files.map(|closed| format!("Landlock ABI {}", closed.abi)),
+        seccomp: filters.map_err(Clone::clone).and_then(ServerFilters::close).map(|()| "seccomp".to_owned()),
+    };
+    let within_reach = [
+        (Target::Files, File::open("/").is_ok()),
+        (Target::Connections, unused.is_ok_and(can_connect)),
+        (Target::Ports, TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).is_ok()),
+        (Target::Processes, means.seccomp.is_err() || can_signal_its_parent()),
+    ];
+    (report(&means, &within_reach), means)
+}
+
+/// Returns whether a connection is refused by its address and not by the sandbox.
+#[cfg(target_os = "linux")]
+fn can_connect(address: SocketAddr) -> bool {
+    !TcpStream::connect(address).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
 }
 
 #[cfg(not(target_os = "linux"))]

@@ -40,6 +40,8 @@ mod random_model;
 mod remote;
 #[cfg(all(feature = "llama", target_os = "linux"))]
 mod sandbox;
+#[cfg(target_os = "linux")]
+mod server_sandbox;
 
 use std::fs::File;
 use std::io::Write;

@@ -14,15 +14,15 @@ use crate::process_runtime::host;
 use crate::{artifact, ask, options, run, tiny, within};
 
 /// What a worker has that an engine must not get at.
-struct Worker {
+pub(crate) struct Worker {
     folder: tempfile::TempDir,
-    tcp: TcpListener,
-    udp: UdpSocket,
+    pub(crate) tcp: TcpListener,
+    pub(crate) udp: UdpSocket,
     _unix: UnixListener,
 }
 
 impl Worker {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         fs::write(folder.path().join("root.key"), "secret").expect("written");
         let unix = UnixListener::bind(folder.path().join("socket")).expect("it listens");
@@ -31,7 +31,7 @@ impl Worker {
         Self { folder, tcp, udp, _unix: unix }
     }
 
-    fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.folder.path().join(name).display().to_string()
     }
 
@@ -96,7 +96,7 @@ fn process_calls() -> Vec<String> {
 }
 
 /// Returns system calls that no filter may let through.
-fn calls() -> Vec<String> {
+pub(crate) fn calls() -> Vec<String> {
     X32_CALLS.iter().map(|&call| call.to_owned()).chain(file_calls()).chain(process_calls()).collect()
 }
 

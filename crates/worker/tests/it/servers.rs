@@ -210,7 +210,8 @@ async fn a_program_that_takes_a_servers_port_gets_no_prompt_and_the_server_anoth
         told.display(),
         std::env::current_exe().expect("this program").display()
     );
-    let served = ServedModel { server_command: vec!["sh".into(), "-c".into(), script], ..model() };
+    let server_paths = vec![folder.path().to_owned(), std::env::current_exe().expect("this program")];
+    let served = ServedModel { server_command: vec!["sh".into(), "-c".into(), script], server_paths, ..model() };
     let (tasks, prompts) = (TaskTracker::new(), Arc::new(AtomicUsize::new(0)));
     tasks.spawn(take_the_first_port(told, prompts.clone()));
     let scene = Scene::new(Config { models: vec![served], ..config() }, MockOptions::default()).await;

@@ -4,11 +4,11 @@
 
 use std::ffi::OsStr;
 use std::io::{self, Error};
-use std::net::{TcpStream, UdpSocket};
+use std::net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt as _;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::{env, fs, thread};
 
 use async_trait::async_trait;
@@ -96,6 +96,15 @@ impl<R: ModelRuntime> ModelRuntime for Captured<R> {
     }
 }
 
+/// Attempts `NAME ARGUMENT`. The process fails if the attempt does, and says why.
+pub(super) fn attempted(words: &[String]) -> ExitCode {
+    let Some((name, arguments)) = words.split_first() else { return ExitCode::from(2) };
+    match attempt(name, &arguments.join(" ")) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
 fn attempt(name: &str, argument: &str) -> io::Result<()> {
     match name {
         "environment" if env::var_os(argument).is_some() => Ok(()),
@@ -109,6 +118,11 @@ fn attempt(name: &str, argument: &str) -> io::Result<()> {
         "tcp" => TcpStream::connect(argument).map(drop),
         "udp" => UdpSocket::bind("127.0.0.1:0")?.send_to(b"hello", argument).map(drop),
         "unix" => UnixStream::connect(OsStr::from_bytes(argument.as_bytes())).map(drop),
+        "listen" => TcpListener::bind(argument).map(drop),
+        "socket" => socket(argument),
+        "pair" => UnixDatagram::pair().map(drop),
+        "open" => connect_with_first_bytes(argument),
+        "namespace" => namespace(),
         "execute" => Err(Command::new(argument).exec()),
         "spawn" => Command::new(argument).status().map(drop),
         "fork" => fork(),
@@ -141,6 +155,52 @@ fn fork() -> io::Result<()> {
     // SAFETY: the child does nothing but end.
     unsafe {
         let child = libc::fork();
+        if child == 0 {
+            libc::_exit(0);
+        }
+        check(child)?;
+        check(libc::waitpid(child, std::ptr::null_mut(), 0))
+    }
+}
+
+/// Makes a socket of a family, type and protocol.
+fn socket(numbers: &str) -> io::Result<()> {
+    let numbers: Vec<i32> =
+        numbers.split(' ').map(|number| number.parse().map_err(Error::other)).collect::<Result<_, _>>()?;
+    let [family, kind, protocol] = numbers[..] else { return Err(Error::other("three numbers make a socket")) };
+    // SAFETY: the call takes numbers only.
+    check(unsafe { libc::socket(family, kind, protocol) })
+}
+
+/// Connects with the first message and without `connect` (TCP Fast Open).
+fn connect_with_first_bytes(address: &str) -> io::Result<()> {
+    let address: SocketAddrV4 = address.parse().map_err(Error::other)?;
+    let mut name = libc::sockaddr_in {
+        sin_family: libc::AF_INET as libc::sa_family_t,
+        sin_port: address.port().to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from(*address.ip()).to_be() },
+        sin_zero: [0; 8],
+    };
+    let mut text = *b"secret";
+    let mut part = libc::iovec { iov_base: text.as_mut_ptr().cast(), iov_len: text.len() };
+    // SAFETY: a message of zeros has no parts, and the ones that are set outlive the call.
+    unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_name = (&raw mut name).cast();
+        message.msg_namelen = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        let socket = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+        check(socket)?;
+        check(libc::sendmsg(socket, &raw const message, libc::MSG_FASTOPEN) as i32)
+    }
+}
+
+/// Starts a process with users of its own, in which it is root.
+fn namespace() -> io::Result<()> {
+    // SAFETY: without a stack of its own the child runs on, and does nothing but end.
+    unsafe {
+        let child = libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER | libc::SIGCHLD, 0, 0, 0, 0) as i32;
         if child == 0 {
             libc::_exit(0);
         }

@@ -1,7 +1,9 @@
 //! The seccomp filter: which system calls an engine process may make.
 //!
 //! Without a GPU, the calls are known, so all others are refused ([`allowed`]). Drivers of GPUs make calls that change
-//! with each version, so with a GPU only those are refused that lead out of the process ([`refused`]).
+//! with each version, so with a GPU only those are refused that lead out of the process ([`refused`]). Of the programs
+//! that serve models, less is known: they may listen and start programs, and connect to nobody
+//! ([`refused_to_servers`]).
 
 use std::collections::BTreeMap;
 
@@ -18,24 +20,62 @@ type Calls = BTreeMap<c_long, Vec<SeccompRule>>;
 
 /// Filters this thread and all others for good.
 pub(super) fn close(needs: &Needs<'_>) -> Result<(), String> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH)
-        .map_err(|_| "seccomp filters are made for x86-64, ARM64 and RISC-V only".to_owned())?;
-    let filters = filters(needs, std::process::id(), arch).map_err(|error| error.to_string())?;
-    filters.iter().try_for_each(|filter| seccompiler::apply_filter_all_threads(filter)).map_err(|error| match error {
+    let filters = filters(needs, std::process::id(), arch()?).map_err(|error| error.to_string())?;
+    filters.iter().try_for_each(|filter| seccompiler::apply_filter_all_threads(filter)).map_err(said)
+}
+
+/// The filters of a process that is yet to be started.
+#[derive(Debug)]
+pub(super) struct ServerFilters([BpfProgram; 3]);
+
+impl ServerFilters {
+    pub(super) fn new() -> Result<Self, String> {
+        server_filters(arch()?).map(Self).map_err(|error| error.to_string())
+    }
+
+    /// Filters this thread for good.
+    pub(super) fn close(&self) -> Result<(), String> {
+        self.apply().map_err(said)
+    }
+
+    /// Does the same, and allocates no memory: it may run in a process that was just forked.
+    pub(super) fn apply(&self) -> Result<(), seccompiler::Error> {
+        self.0.iter().try_for_each(|filter| seccompiler::apply_filter(filter))
+    }
+}
+
+fn arch() -> Result<TargetArch, String> {
+    TargetArch::try_from(std::env::consts::ARCH)
+        .map_err(|_| "seccomp filters are made for x86-64, ARM64 and RISC-V only".to_owned())
+}
+
+fn said(error: seccompiler::Error) -> String {
+    match error {
         seccompiler::Error::Seccomp(cause) | seccompiler::Error::Prctl(cause) => {
             format!("this kernel takes no seccomp filter ({cause})")
         }
         other => format!("seccomp fails: {other}"),
-    })
+    }
 }
 
+const REFUSAL: SeccompAction = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+
 fn filters(needs: &Needs<'_>, pid: u32, arch: TargetArch) -> Result<[BpfProgram; 3], BackendError> {
-    let refusal = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     let filter = if needs.drivers {
-        SeccompFilter::new(refused(pid)?, SeccompAction::Allow, refusal, arch)?
+        SeccompFilter::new(refused(pid)?, SeccompAction::Allow, REFUSAL, arch)?
     } else {
-        SeccompFilter::new(allowed(needs, pid)?, refusal, SeccompAction::Allow, arch)?
+        SeccompFilter::new(allowed(needs, pid)?, REFUSAL, SeccompAction::Allow, arch)?
     };
+    with_fallbacks(filter, arch)
+}
+
+fn server_filters(arch: TargetArch) -> Result<[BpfProgram; 3], BackendError> {
+    let filter = SeccompFilter::new(refused_to_servers()?, SeccompAction::Allow, REFUSAL, arch)?;
+    with_fallbacks(filter, arch)
+}
+
+/// Adds the filters of calls that seem not to exist.
+fn with_fallbacks(filter: SeccompFilter, arch: TargetArch) -> Result<[BpfProgram; 3], BackendError> {
     // The arguments of `clone3` lie in memory, where no filter sees them. As if the kernel did not have it, the C
     // library uses `clone` instead.
     let missing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
@@ -173,14 +213,8 @@ const HARMFUL_OPERATIONS: &[u64] = &[
 fn allowed(needs: &Needs<'_>, pid: u32) -> Result<Calls, BackendError> {
     let mut calls: Calls = HARMLESS.iter().chain(HARMLESS_BEFORE).map(|call| (*call, Vec::new())).collect();
     let own = || is(0, pid.into());
-    let unix = [is(0, libc::AF_UNIX as u64)?, masked(1, 0xf, libc::SOCK_STREAM as u64)?];
-    let namespaces = libc::CLONE_NEWNS
-        | libc::CLONE_NEWUSER
-        | libc::CLONE_NEWNET
-        | libc::CLONE_NEWPID
-        | libc::CLONE_NEWIPC
-        | libc::CLONE_NEWUTS
-        | libc::CLONE_NEWCGROUP;
+    let unix = [is(0, libc::AF_UNIX as u64)?, masked(1, SOCKET_TYPE, libc::SOCK_STREAM as u64)?];
+    let namespaces = NAMESPACES.into_iter().fold(0, |all, namespace| all | namespace);
     let thread = masked(0, (libc::CLONE_THREAD | namespaces) as u64, libc::CLONE_THREAD as u64);
     calls.extend([
         (libc::SYS_clone, vec![rule([thread?])?]),
@@ -225,21 +259,82 @@ fn harmful() -> impl Iterator<Item = c_long> {
 /// Returns the calls that an engine with a GPU may not make.
 fn refused(pid: u32) -> Result<Calls, BackendError> {
     let mut calls: Calls = harmful().map(|call| (call, Vec::new())).collect();
-    let is_not = |value: u32| SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, value.into());
-    let others = || is_not(pid);
-    let others_than_caller = vec![rule([others()?, is_not(0)?])?];
+    let others = || is_not(0, pid.into());
+    let others_than_caller = vec![rule([others()?, is_not(0, 0)?])?];
     calls.extend(SCHEDULING.iter().map(|call| (*call, others_than_caller.clone())));
-    let addressed = SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Ne, 0);
     calls.extend([
         (libc::SYS_clone, vec![rule([masked(0, libc::CLONE_THREAD as u64, 0)?])?]),
         (libc::SYS_kill, vec![rule([others()?])?]),
         (libc::SYS_tgkill, vec![rule([others()?])?]),
-        (libc::SYS_sendto, vec![rule([addressed?])?]),
+        (libc::SYS_sendto, vec![rule([somewhere()?])?]),
         (libc::SYS_ioctl, any(1, HARMFUL_COMMANDS)?),
         (libc::SYS_fcntl, any(1, HARMFUL_OPERATIONS)?),
         (libc::SYS_prlimit64, others_than_caller),
     ]);
     Ok(calls)
+}
+
+/// The bits of a socket's type that are no flags.
+const SOCKET_TYPE: u64 = 0xf;
+
+/// Flags of `clone` for a process with a view of its own of the system, in which it may do what it else may not.
+const NAMESPACES: [i32; 7] = [
+    libc::CLONE_NEWNS,
+    libc::CLONE_NEWUSER,
+    libc::CLONE_NEWNET,
+    libc::CLONE_NEWPID,
+    libc::CLONE_NEWIPC,
+    libc::CLONE_NEWUTS,
+    libc::CLONE_NEWCGROUP,
+];
+
+/// Calls that a server makes, and an engine does not. Landlock refuses it the signals to others.
+#[rustfmt::skip]
+const SERVING: &[c_long] = &[
+    libc::SYS_socket, libc::SYS_bind, libc::SYS_listen, libc::SYS_accept, libc::SYS_accept4, libc::SYS_sendmsg,
+    libc::SYS_sendmmsg, libc::SYS_execve, libc::SYS_execveat, libc::SYS_tkill,
+];
+
+/// Older calls of the same kind.
+#[cfg(target_arch = "x86_64")]
+const SERVING_BEFORE: &[c_long] = &[libc::SYS_fork, libc::SYS_vfork];
+#[cfg(not(target_arch = "x86_64"))]
+const SERVING_BEFORE: &[c_long] = &[];
+
+/// Returns the calls that a server of others may not make.
+fn refused_to_servers() -> Result<Calls, BackendError> {
+    let is_served = |call: &c_long| SERVING.contains(call) || SERVING_BEFORE.contains(call);
+    let mut calls: Calls = harmful().filter(|call| !is_served(call)).map(|call| (call, Vec::new())).collect();
+    let others_than_caller = vec![rule([is_not(0, 0)?])?];
+    calls.extend(SCHEDULING.iter().map(|call| (*call, others_than_caller.clone())));
+    let fast_open = |argument| masked(argument, libc::MSG_FASTOPEN as u64, libc::MSG_FASTOPEN as u64);
+    let namespaces = NAMESPACES.map(|flag| rule([masked(0, flag as u64, flag as u64)?]));
+    calls.extend([
+        (libc::SYS_socket, all_but_tcp()?),
+        (libc::SYS_socketpair, other_types_than_stream()?),
+        (libc::SYS_clone, namespaces.into_iter().collect::<Result<_, _>>()?),
+        // Each could connect by the way.
+        (libc::SYS_sendto, vec![rule([somewhere()?])?]),
+        (libc::SYS_sendmsg, vec![rule([fast_open(2)?])?]),
+        (libc::SYS_sendmmsg, vec![rule([fast_open(3)?])?]),
+        (libc::SYS_ioctl, any(1, HARMFUL_COMMANDS)?),
+        (libc::SYS_fcntl, any(1, HARMFUL_OPERATIONS)?),
+        (libc::SYS_prlimit64, others_than_caller),
+    ]);
+    Ok(calls)
+}
+
+/// Returns a rule for each way to make a socket that is not one of TCP, which Landlock guards.
+fn all_but_tcp() -> Result<Vec<SeccompRule>, BackendError> {
+    let family = rule([is_not(0, libc::AF_INET as u64)?, is_not(0, libc::AF_INET6 as u64)?])?;
+    // 0 stands for TCP as well.
+    let protocol = rule([is_not(2, 0)?, is_not(2, libc::IPPROTO_TCP as u64)?])?;
+    Ok([family, protocol].into_iter().chain(other_types_than_stream()?).collect())
+}
+
+fn other_types_than_stream() -> Result<Vec<SeccompRule>, BackendError> {
+    let others = (0..=SOCKET_TYPE).filter(|kind| *kind != libc::SOCK_STREAM as u64);
+    others.map(|kind| rule([masked(1, SOCKET_TYPE, kind)?])).collect()
 }
 
 fn rule(conditions: impl Into<Vec<SeccompCondition>>) -> Result<SeccompRule, BackendError> {
@@ -250,6 +345,10 @@ fn is(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
     SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
 }
 
+fn is_not(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, value)
+}
+
 fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompCondition, BackendError> {
     SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(mask), value)
 }
@@ -257,6 +356,11 @@ fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompCondition, Backe
 /// An address of null.
 fn nowhere() -> Result<SeccompCondition, BackendError> {
     SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)
+}
+
+/// An address of other than null.
+fn somewhere() -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Ne, 0)
 }
 
 /// Returns rules of which one holds if the argument is one of these values.
@@ -269,8 +373,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_filters_are_made_for_every_processor_of_a_release() {
+    fn all_filters_are_made_for_every_processor_of_a_release() {
         for arch in [TargetArch::x86_64, TargetArch::aarch64] {
+            assert!(server_filters(arch).is_ok_and(|filters| filters.iter().all(|filter| !filter.is_empty())));
             for drivers in [false, true] {
                 let filters = filters(&Needs { files: Vec::new(), drivers }, 7, arch).expect("it is sound");
                 assert!(filters.iter().all(|filter| !filter.is_empty()));
