@@ -1,23 +1,35 @@
-//! Each test that `ARCHITECTURE.md` names for an invariant exists.
+//! Each test that a document names for what it promises exists.
 
 use std::collections::HashSet;
 
 use super::SourceFile;
 
-/// Finds test names in the map that no test has.
+/// Documents whose promises tests hold.
+const DOCUMENTS: [&str; 2] = ["ARCHITECTURE.md", THREATS];
+/// The one that names a test for each threat.
+const THREATS: &str = "docs/security/README.md";
+
+/// Finds test names in these documents that no test has.
 pub(crate) fn check(files: &[SourceFile]) -> Vec<String> {
-    let Some(map) = files.iter().find(|file| file.path == "ARCHITECTURE.md") else {
-        return vec!["ARCHITECTURE.md is missing".to_owned()];
-    };
     let tests: HashSet<&str> =
         files.iter().filter(|file| file.has_extension("rs")).flat_map(|file| tests(&file.text)).collect();
-    let named = map.text.lines().enumerate().flat_map(|(index, line)| {
+    let mut findings: Vec<_> = DOCUMENTS.iter().flat_map(|path| check_document(files, path, &tests)).collect();
+    let threats = files.iter().find(|file| file.path == THREATS);
+    findings.extend(threats.iter().flat_map(|file| undefended(&file.path, &file.text)));
+    findings
+}
+
+fn check_document(files: &[SourceFile], path: &str, tests: &HashSet<&str>) -> Vec<String> {
+    let Some(document) = files.iter().find(|file| file.path == path) else {
+        return vec![format!("{path} is missing")];
+    };
+    let named = document.text.lines().enumerate().flat_map(|(index, line)| {
         // Every second part is between backticks.
         line.split('`').skip(1).step_by(2).filter(|name| is_test_name(name)).map(move |name| (index + 1, name))
     });
     named
         .filter(|(_, name)| !tests.contains(name))
-        .map(|(line, name)| format!("ARCHITECTURE.md:{line}: there is no test {name}"))
+        .map(|(line, name)| format!("{path}:{line}: there is no test {name}"))
         .collect()
 }
 
@@ -32,6 +44,8 @@ fn tests(text: &str) -> Vec<&str> {
         } else if let Some((_, rest)) = line.split_once("fn ") {
             names.extend(rest.split('(').next().filter(|_| is_test));
             is_test = false;
+        } else if let Some(behaviour) = behaviour(line) {
+            names.push(behaviour);
         } else if !line.starts_with("//") && !line.is_empty() {
             // The rest of a multi-line attribute may follow before the function.
             is_test &= !line.ends_with('}') && !line.ends_with(';');
@@ -40,19 +54,41 @@ fn tests(text: &str) -> Vec<&str> {
     names
 }
 
+/// Returns the name in a line such as `jobs: a_settled_job_frees_its_slot,`, of which a macro makes tests.
+fn behaviour(line: &str) -> Option<&str> {
+    let (group, name) = line.strip_suffix(',')?.split_once(": ")?;
+    let is_group = group.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+    (is_group && is_test_name(name)).then_some(name)
+}
+
+/// Finds threats that no test holds off, in a table of threats and defences.
+fn undefended(path: &str, text: &str) -> Vec<String> {
+    let rows = text.lines().enumerate().filter(|(_, line)| line.starts_with("| ") && !line.starts_with("| Threat |"));
+    let names_none = |line: &str| !line.split('`').skip(1).step_by(2).any(is_test_name);
+    rows.filter(|(_, line)| names_none(line))
+        .map(|(index, _)| format!("{path}:{}: no test is named for this threat", index + 1))
+        .collect()
+}
+
 /// Returns whether a name looks like a test's. Test names are sentences; no module name has four words.
 fn is_test_name(text: &str) -> bool {
-    text.matches('_').count() >= 3 && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+    let is_of_a_name = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+    text.matches('_').count() >= 3 && text.bytes().all(is_of_a_name)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn findings(map: &str, code: &str) -> Vec<String> {
-        let files = [("ARCHITECTURE.md", map), ("crates/x/tests/it/main.rs", code)]
+    fn findings_in(map: &str, security: &str, code: &str) -> Vec<String> {
+        let [map_path, security_path] = DOCUMENTS;
+        let files = [(map_path, map), (security_path, security), ("crates/x/tests/it/main.rs", code)]
             .map(|(path, text)| SourceFile { path: path.into(), text: text.into() });
         check(&files)
+    }
+
+    fn findings(map: &str, code: &str) -> Vec<String> {
+        findings_in(map, "", code)
     }
 
     #[test]
@@ -61,6 +97,23 @@ mod tests {
         assert_eq!(findings("held by `a_job_is_settled_once` in `scheduler`", code), Vec::<String>::new());
         let missing = findings("x\nheld by `a_job_is_never_lost`", code);
         assert_eq!(missing, ["ARCHITECTURE.md:2: there is no test a_job_is_never_lost"]);
+    }
+
+    #[test]
+    fn a_test_that_defends_against_a_threat_exists() {
+        let code = "#[test]\nfn a_stranger_takes_64_mib_at_most() {}\n";
+        assert_eq!(findings_in("", "| Strangers | `a_stranger_takes_64_mib_at_most` |", code), Vec::<String>::new());
+        let missing = findings_in("", "| Strangers | `a_stranger_takes_65_mib_at_most` |", code);
+        assert_eq!(missing, ["docs/security/README.md:1: there is no test a_stranger_takes_65_mib_at_most"]);
+        let unproven = findings_in("", "| Threat | Defence |\n|---|---|\n| Strangers | a limit |", code);
+        assert_eq!(unproven, ["docs/security/README.md:3: no test is named for this threat"]);
+    }
+
+    #[test]
+    fn a_behaviour_that_a_macro_makes_a_test_of_counts() {
+        let code = "            jobs: of_64_settlements_of_one_job_exactly_one_bills,\n";
+        let map = "`of_64_settlements_of_one_job_exactly_one_bills`";
+        assert_eq!(findings(map, code), Vec::<String>::new());
     }
 
     #[test]
