@@ -46,6 +46,7 @@ fn check_lines(file: &SourceFile) -> Vec<String> {
         "needs Node: make interop",
         "needs models: make bench-engine",
         "measures memory: docs/benchmarks.md",
+        "measures time: docs/benchmarks.md",
         "runs for long: make linearizability",
         "runs for long: make quotas",
         "runs for long: make cuts",

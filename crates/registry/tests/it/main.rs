@@ -4,6 +4,7 @@ mod membership;
 mod models;
 mod offers;
 mod policies;
+mod timing;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
