@@ -17,14 +17,14 @@ use tokio::process::{Child, Command};
 use super::sandbox::Sandbox;
 #[cfg(target_os = "linux")]
 use super::sandbox::{ServerNeeds, ServerSandbox};
-use super::{close_in_children, environment, resource_limits};
+use super::{close_in_children, environment};
 
-/// A server to start.
+/// A server that is yet to be started.
 #[derive(Debug)]
 pub struct ServerCommand {
     pub program: OsString,
     pub args: Vec<OsString>,
-    /// Its standard input.
+    /// The file that is its standard input.
     pub model: File,
     /// The port that it listens on.
     pub port: u16,
@@ -34,14 +34,6 @@ pub struct ServerCommand {
 
 /// Starts a server with the variables of this process that it may have. It is killed on drop.
 pub fn start_server(server: ServerCommand) -> io::Result<(Child, Sandbox)> {
-    start_server_in(server, std::env::vars_os())
-}
-
-/// Starts a server from a process with this environment.
-fn start_server_in(
-    server: ServerCommand,
-    environment: impl IntoIterator<Item = (OsString, OsString)>,
-) -> io::Result<(Child, Sandbox)> {
     let ServerCommand { program, args, model, port, paths } = server;
     close_in_children();
     let program = found(&program).unwrap_or(program.into());
@@ -49,7 +41,7 @@ fn start_server_in(
     command
         .args(args)
         .env_clear()
-        .envs(environment::inherited_by_server(environment))
+        .envs(environment::inherited_by_server(std::env::vars_os()))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true);
@@ -73,7 +65,7 @@ fn enclose(command: &mut Command, model: &File, program: &Path, paths: &[PathBuf
     // SAFETY: both only make system calls, and allocate nothing.
     unsafe {
         command.pre_exec(move || {
-            resource_limits::try_lower().map_err(|(_, error)| io::Error::from(error))?;
+            super::resource_limits::try_lower().map_err(|(_, error)| io::Error::from(error))?;
             sandbox.enter()
         });
     }

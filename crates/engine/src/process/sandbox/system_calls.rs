@@ -295,7 +295,7 @@ const SERVING: &[c_long] = &[
     libc::SYS_sendmmsg, libc::SYS_execve, libc::SYS_execveat, libc::SYS_tkill,
 ];
 
-/// Older calls of the same kind.
+/// Older calls of the same kind, which newer processors do not have.
 #[cfg(target_arch = "x86_64")]
 const SERVING_BEFORE: &[c_long] = &[libc::SYS_fork, libc::SYS_vfork];
 #[cfg(not(target_arch = "x86_64"))]
