@@ -32,6 +32,7 @@ fn options() -> MockOptions {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "this process has no other settings")]
 fn number(variable: &str) -> Option<u32> {
     std::env::var(variable).ok()?.parse().ok()
 }
