@@ -79,7 +79,6 @@ test('bad JSON is refused', async () => {
 });
 
 for (const [param, value] of Object.entries({
-  functions: [{ name: 'now', parameters: {} }],
   modalities: ['text', 'audio'],
   audio: { format: 'wav', voice: 'alloy' },
 })) {

@@ -62,8 +62,6 @@ def test_an_oversized_body_is_refused(client):
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("functions", [{"name": "now", "parameters": {}}]),
-        ("function_call", {"name": "now"}),
         ("modalities", ["text", "audio"]),
         ("audio", {"format": "wav", "voice": "alloy"}),
         ("web_search_options", {"search_context_size": "low"}),

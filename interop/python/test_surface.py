@@ -35,6 +35,35 @@ def calls_functions(client):
         pytest.skip(refusal.message)
 
 
+@pytest.mark.usefixtures("calls_functions")
+@pytest.mark.parametrize("stream", [False, True])
+def test_functions_in_the_older_form_are_called_in_it(chat, stream):
+    function = WEATHER["function"]
+    answer = chat(functions=[function], function_call={"name": function["name"]}, max_tokens=60, stream=stream)
+    if stream:
+        choices = [chunk.choices[0] for chunk in answer if chunk.choices]
+        calls = [choice.delta.function_call for choice in choices if choice.delta.function_call]
+        name, arguments = calls[0].name, "".join(call.arguments or "" for call in calls)
+        reason = choices[-1].finish_reason
+    else:
+        call, reason = answer.choices[0].message.function_call, answer.choices[0].finish_reason
+        name, arguments = call.name, call.arguments
+    assert (name, reason) == (function["name"], "function_call")
+    assert json.loads(arguments)["city"] in ("Tokyo", "Kyoto")
+
+
+def test_a_functions_result_in_the_older_form_is_part_of_the_history(client):
+    call = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}}
+    history = [*MESSAGES, call, {"role": "function", "name": "weather", "content": "sunny"}]
+    try:
+        completion = client.chat.completions.create(model=MODEL, messages=history, max_tokens=4)
+    except openai.BadRequestError as refusal:
+        # The model's template may not know results of tools.
+        assert refusal.code == "unsupported_parameter"
+    else:
+        assert completion.choices[0].message.role == "assistant"
+
+
 class Verdict(BaseModel):
     answer: Literal["yes", "no"]
     certain: bool

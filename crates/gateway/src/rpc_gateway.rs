@@ -192,9 +192,10 @@ impl RpcGateway {
         let wording = match words {
             Words::Native => Wording::Native,
             Words::Vectors { model, encoding } => Wording::Vectors { model, encoding },
-            Words::Generation { endpoint, model, names_tier, .. } => {
+            Words::Generation { endpoint, model, names_tier, calls_functions, .. } => {
                 let id = job.correlation_id.unwrap_or(context.correlation_id);
                 let heading = Heading::new(endpoint, model, &job, id, gateway.clock().now());
+                let heading = Heading { calls_functions, ..heading };
                 Wording::Generation(if names_tier { heading.with_tier(job.class) } else { heading })
             }
         };

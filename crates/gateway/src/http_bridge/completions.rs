@@ -42,7 +42,7 @@ pub(super) async fn generate(
         Ok(request) => request,
         Err(response) => return response,
     };
-    let Generation { job, model, stream, include_usage, names_tier } = request.parsed;
+    let Generation { job, model, stream, include_usage, names_tier, calls_functions } = request.parsed;
     let (context, last_event_id) = (request.context, request.last_event_id);
     let (admitted, job) = match job::identify(bridge, context, request.admitted, job, stream) {
         Ok(identified) => identified,
@@ -50,8 +50,8 @@ pub(super) async fn generate(
     };
     let response_headers = ResponseHeaders::new(context, &job, request.rate);
     let now = bridge.gateway.clock().now();
-    let heading =
-        Heading { include_usage, ..Heading::new(endpoint, model, &job, response_headers.correlation_id(), now) };
+    let heading = Heading::new(endpoint, model, &job, response_headers.correlation_id(), now);
+    let heading = Heading { include_usage, calls_functions, ..heading };
     let heading = if names_tier { heading.with_tier(job.class) } else { heading };
     let opening = job::open(bridge, admitted, job);
     if stream {

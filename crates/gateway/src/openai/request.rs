@@ -12,7 +12,7 @@ mod tools;
 use protocol::WireError;
 
 use crate::job::Job;
-use crate::json_body::{read, refuse_unless};
+use crate::json_body::{read, refuse_unless, renamed};
 pub(crate) use body::{ChatCompletionRequest, CompletionRequest, Count, reasoning_options};
 pub(crate) use embeddings::EmbeddingRequest;
 pub use embeddings::{Encoding, Vectors, parse_embeddings};
@@ -36,15 +36,25 @@ pub struct Generation {
     pub include_usage: bool,
     /// Whether the request names a service tier, so that the response names it too.
     pub names_tier: bool,
+    /// Whether the answer calls functions in the older form: `function_call` instead of `tool_calls`.
+    pub calls_functions: bool,
 }
 
 /// Parses the body of `POST /v1/chat/completions`.
 pub fn parse_chat(bytes: &[u8]) -> Result<Generation, WireError> {
     let ChatCompletionRequest(mut body) = read(bytes)?;
     let (model, name) = body.model()?;
+    let calls_functions = body.offers_functions();
     let own = body.chat_input()?;
     refuse_unless(body.prompt.is_none(), "prompt")?;
-    body.generation(model, name, own)
+    let generation = body.generation(model, name, own);
+    let generation = if calls_functions { generation.map_err(in_older_form) } else { generation };
+    Ok(Generation { calls_functions, ..generation? })
+}
+
+/// Names the fields of an error about tools as clients that offer `functions` know them.
+fn in_older_form(error: WireError) -> WireError {
+    renamed(renamed(error, "tools", "functions"), "tool_choice", "function_call")
 }
 
 /// Parses the body of `POST /v1/completions`.

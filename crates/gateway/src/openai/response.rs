@@ -9,7 +9,7 @@ mod tool_calls;
 pub(crate) mod vectors;
 pub(crate) mod whole;
 
-use protocol::infer::{EmbedInput, Input};
+use protocol::infer::{EmbedInput, FinishReason, Input};
 use protocol::policy::ServiceClass;
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, UnixMillis};
@@ -38,6 +38,8 @@ pub(crate) struct Heading {
     pub(crate) include_usage: bool,
     /// The service tier, if the response names it.
     pub(crate) service_tier: Option<&'static str>,
+    /// Whether calls are written in the older form, as `function_call`.
+    pub(crate) calls_functions: bool,
 }
 
 impl Heading {
@@ -52,6 +54,15 @@ impl Heading {
             echo: job.input.echo,
             include_usage: false,
             service_tier: None,
+            calls_functions: false,
+        }
+    }
+
+    /// Returns why an answer ended, in the form in which its calls are written.
+    fn finish_reason(&self, reason: FinishReason) -> &'static str {
+        match reason {
+            FinishReason::ToolCalls if self.calls_functions => "function_call",
+            reason => reason.as_str(),
         }
     }
 

@@ -50,6 +50,8 @@ pub(crate) enum Words {
         stream: bool,
         /// Whether the request names a service tier.
         names_tier: bool,
+        /// Whether the answer calls functions in the older form.
+        calls_functions: bool,
     },
     /// `OpenAI`'s, for embedding vectors.
     Vectors {
@@ -96,8 +98,8 @@ impl UnreadJob {
             Kind::Chat => (Endpoint::Chat, parse_chat(text)?),
             Kind::Completion => (Endpoint::Completion, parse_completion(text)?),
         };
-        let Generation { job, model, stream, include_usage: _, names_tier } = generation;
-        Ok(Read { job, words: Words::Generation { endpoint, model, stream, names_tier } })
+        let Generation { job, model, stream, include_usage: _, names_tier, calls_functions } = generation;
+        Ok(Read { job, words: Words::Generation { endpoint, model, stream, names_tier, calls_functions } })
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a request may ask for beside a text.
 
-use protocol::infer::{EmbedInput, InferChunk};
+use protocol::infer::{EmbedInput, InferChunk, Role, ToolChoice};
 use serde_json::{Value, json};
 
 use crate::{Network, chat_body, expect_error};
@@ -59,7 +59,8 @@ async fn thoughts_and_calls_are_kept_apart_from_the_text() {
     let answer = whole(&network, &body).await;
     let call = json!({"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}});
     let message = json!({
-        "role": "assistant", "content": null, "reasoning_content": "hm", "tool_calls": [call], "refusal": null
+        "role": "assistant", "content": null, "reasoning_content": "hm", "reasoning": "hm", "tool_calls": [call],
+        "refusal": null
     });
     assert_eq!(answer["choices"][0]["message"], message);
     assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls");
@@ -75,7 +76,7 @@ async fn thoughts_and_calls_are_kept_apart_from_the_text() {
     let deltas: Vec<_> = events.iter().map(|event| event["choices"][0]["delta"].clone()).collect();
     let begin = json!({"index": 0, "id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{"}});
     let expected = [
-        json!({"role": "assistant", "content": null, "reasoning_content": "hm"}),
+        json!({"role": "assistant", "content": null, "reasoning_content": "hm", "reasoning": "hm"}),
         json!({"tool_calls": [begin]}),
         json!({"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]}),
         json!({}),
@@ -83,6 +84,37 @@ async fn thoughts_and_calls_are_kept_apart_from_the_text() {
     assert_eq!(deltas, expected);
     let job = network.fake.jobs.lock()[0].clone();
     assert_eq!(job.input.tools[0].name, "weather");
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn functions_in_the_older_form_are_offered_called_and_answered_in_it() {
+    let network = Network::start().await;
+    let mut body = chat_body("call");
+    body["functions"] = json!([{"name": "weather", "parameters": {"type": "object"}}]);
+    body["function_call"] = json!({"name": "weather"});
+    let answer = whole(&network, &body).await;
+    let call = json!({"name": "weather", "arguments": "{}"});
+    let message = json!({
+        "role": "assistant", "content": null, "reasoning_content": "hm", "reasoning": "hm", "function_call": call,
+        "refusal": null
+    });
+    assert_eq!(answer["choices"][0]["message"], message);
+    assert_eq!(answer["choices"][0]["finish_reason"], "function_call");
+    let events = events(&network, "/v1/chat/completions", &body).await;
+    let calls: Vec<_> = events.iter().filter_map(|event| event["choices"][0]["delta"].get("function_call")).collect();
+    assert_eq!(calls, [&json!({"name": "weather", "arguments": "{"}), &json!({"arguments": "}"})]);
+    assert_eq!(events.last().expect("events")["choices"][0]["finish_reason"], "function_call");
+    body["messages"] = json!([
+        {"role": "user", "content": "hi"}, message, {"role": "function", "name": "weather", "content": "sunny"}
+    ]);
+    whole(&network, &body).await;
+    let job = network.fake.jobs.lock().last().expect("a job").clone();
+    let asked = (job.input.tools[0].name.as_str(), job.input.tool_choice, job.input.one_call);
+    assert_eq!(asked, ("weather", ToolChoice::Function("weather".into()), true));
+    let messages = job.input.messages.expect("a chat");
+    assert_eq!(messages[2].tool_call_id.as_ref(), Some(&messages[1].tool_calls[0].id));
+    assert_eq!((messages[2].role, messages[1].reasoning.as_deref()), (Role::Tool, Some("hm")));
     network.end().await;
 }
 

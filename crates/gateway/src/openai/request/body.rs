@@ -5,7 +5,7 @@ use std::fmt;
 
 use protocol::AdapterName;
 use protocol::WireError;
-use protocol::infer::{Input, OutputFormat, ToolChoice};
+use protocol::infer::{Input, OutputFormat, Tool, ToolChoice};
 use protocol::keep_alive::KeepAlive;
 use protocol::model::ModelRef;
 use serde::{Deserialize, Deserializer, de};
@@ -14,9 +14,9 @@ use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::format::{self, ResponseFormat, StructuredOutputs};
-use super::message::{ChatMessage, Prediction};
+use super::message::{self, ChatMessage, Prediction};
 use super::texts::{Stop, Texts};
-use super::tools::{OfferedTool, tool_choice, tools};
+use super::tools::{OfferedFunction, OfferedTool, function_call, functions, tool_choice, tools};
 use super::{COMPLETION_TOKENS, Generation};
 use crate::catalog;
 use crate::class;
@@ -27,12 +27,14 @@ use crate::published;
 /// Fields that only text completions have.
 pub(super) const TEXTS_ALONE: [&str; 3] = ["prompt", "suffix", "echo"];
 /// Fields that only chat completions have.
-pub(super) const CHATS_ALONE: [&str; 10] = [
+pub(super) const CHATS_ALONE: [&str; 12] = [
     "messages",
     "top_logprobs",
     "tools",
     "tool_choice",
     "parallel_tool_calls",
+    "functions",
+    "function_call",
     "prediction",
     "reasoning_effort",
     "chat_template_kwargs",
@@ -168,6 +170,12 @@ pub(super) struct Body {
     /// If false, the answer ends after its first function call. The default is true, or false if `tool_choice` is
     /// `required`.
     parallel_tool_calls: Option<bool>,
+    /// The older form of `tools`, and not allowed together with it. The answer calls at most one function, in
+    /// `function_call`.
+    #[schema(max_items = 128)]
+    functions: Option<Vec<OfferedFunction>>,
+    /// The older form of `tool_choice`: `auto`, `none`, or `{"name":…}`.
+    function_call: Option<Value>,
     /// Predicted answer. Generation is faster where the prediction is right.
     prediction: Option<Prediction>,
     /// How long a model reasons that can: `none`, `minimal`, `low`, `medium`, `high` or `xhigh`.
@@ -202,10 +210,6 @@ pub(super) struct Body {
     /// Refused unless it is 0.
     #[schema(value_type = Option<u32>)]
     min_tokens: Option<Count>,
-    /// Refused unless it is empty. Use `tools`.
-    functions: Option<Value>,
-    /// Refused unless it is `none` or `auto`. Use `tool_choice`.
-    function_call: Option<Value>,
     /// Refused if it names anything but `text`.
     modalities: Option<Value>,
     /// Refused unless it is empty.
@@ -216,6 +220,13 @@ pub(super) struct Body {
     stop_token_ids: Option<Value>,
     /// Refused unless it is empty. A model has its own.
     chat_template: Option<Value>,
+}
+
+/// What the model may call, and how.
+struct Calls {
+    tools: Vec<Tool>,
+    tool_choice: ToolChoice,
+    one_call: bool,
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
@@ -317,7 +328,6 @@ impl Body {
     /// Converts the fields that only chat completions have.
     pub(super) fn chat_input(&mut self) -> Result<Input, WireError> {
         let messages = self.messages.take().ok_or_else(|| missing("messages"))?;
-        let messages = messages.into_iter().enumerate().map(|(index, message)| message.convert(index));
         let logprobs = match (self.logprobs, self.top_logprobs) {
             (Some(Logprobs::Switch(true)), top) => Some(top.map_or(0, |count| count.0)),
             (None | Some(Logprobs::Switch(false)), None | Some(Count(0))) => None,
@@ -328,19 +338,13 @@ impl Body {
         };
         refuse_unless(!self.echo.unwrap_or(false), "echo")?;
         refuse_unless(self.suffix.as_ref().is_none_or(String::is_empty), "suffix")?;
-        let tools = tools(self.tools.take().unwrap_or_default())?;
-        let tool_choice = tool_choice(self.tool_choice.as_ref())?;
-        // A weak model that is forced to call tools may repeat its call endlessly, so several calls must be requested.
-        let one_call = match self.parallel_tool_calls {
-            Some(several) => !several,
-            None => tool_choice == ToolChoice::Required,
-        };
+        let Calls { tools, tool_choice, one_call } = self.calls()?;
         let continue_last = self.continue_final_message.unwrap_or(false);
         if continue_last && self.add_generation_prompt == Some(true) {
             return Err(invalid("add_generation_prompt", "must be false where continue_final_message is true"));
         }
         Ok(Input {
-            messages: Some(messages.collect::<Result<_, _>>()?),
+            messages: Some(message::convert(messages)?),
             max_tokens: self.token_limit()?.and_then(MaxTokens::tokens),
             logprobs,
             tools,
@@ -353,6 +357,39 @@ impl Body {
         })
     }
 
+    /// Returns whether functions are offered in the older form, so that the answer calls them in it too.
+    pub(super) fn offers_functions(&self) -> bool {
+        self.functions.as_ref().is_some_and(|functions| !functions.is_empty())
+    }
+
+    fn calls(&mut self) -> Result<Calls, WireError> {
+        let mut tools = tools(self.tools.take().unwrap_or_default())?;
+        if self.offers_functions() {
+            if !tools.is_empty() {
+                return Err(invalid("functions", "is the older form of tools; only one of the two is allowed"));
+            }
+            tools = functions(self.functions.take().unwrap_or_default())?;
+            let tool_choice = function_call(self.function_call.as_ref())?;
+            return Ok(Calls { tools, tool_choice, one_call: true });
+        }
+        self.refuse_function_call()?;
+        let tool_choice = tool_choice(self.tool_choice.as_ref())?;
+        // A weak model that is forced to call tools may repeat its call endlessly, so several calls must be requested.
+        let one_call = match self.parallel_tool_calls {
+            Some(several) => !several,
+            None => tool_choice == ToolChoice::Required,
+        };
+        Ok(Calls { tools, tool_choice, one_call })
+    }
+
+    /// Refuses a `function_call` without functions to call.
+    fn refuse_function_call(&self) -> Result<(), WireError> {
+        match function_call(self.function_call.as_ref())? {
+            ToolChoice::Function(_) => Err(invalid("function_call", "is only allowed together with functions")),
+            _ => Ok(()),
+        }
+    }
+
     /// Converts the fields that only text completions have.
     pub(super) fn text_input(&mut self) -> Result<Input, WireError> {
         let prompt = self.prompt.take().ok_or_else(|| missing("prompt"))?.into_prompt()?;
@@ -363,6 +400,8 @@ impl Body {
             Some(Logprobs::Switch(_)) => return Err(invalid("logprobs", "must be a count")),
         };
         refuse_unless(self.tools.as_ref().is_none_or(Vec::is_empty), "tools")?;
+        refuse_unless(!self.offers_functions(), "functions")?;
+        self.refuse_function_call()?;
         refuse_unless(self.prediction.is_none(), "prediction")?;
         refuse_unless(self.reasoning_effort.is_none(), "reasoning_effort")?;
         refuse_unless(self.chat_template_kwargs.as_ref().is_none_or(Map::is_empty), "chat_template_kwargs")?;
@@ -414,13 +453,10 @@ impl Body {
     fn check_supported(&self) -> Result<(), WireError> {
         refuse_unless(self.best_of.is_none_or(|best| best == self.n.unwrap_or(Count(1))), "best_of")?;
         refuse_unless(self.min_tokens.is_none_or(|count| count.0 == 0), "min_tokens")?;
-        let no_call = |choice: &Value| choice == "none" || choice == "auto";
-        refuse_unless(self.function_call.as_ref().is_none_or(no_call), "function_call")?;
         let only_text =
             |modalities: &Value| modalities.as_array().is_some_and(|all| all.iter().all(|one| one == "text"));
         refuse_unless(self.modalities.as_ref().is_none_or(only_text), "modalities")?;
         for (value, param) in [
-            (&self.functions, "functions"),
             (&self.audio, "audio"),
             (&self.web_search_options, "web_search_options"),
             (&self.stop_token_ids, "stop_token_ids"),
@@ -469,7 +505,7 @@ impl Body {
         let class = self.service_tier.as_deref().map(class::of_tier).transpose()?;
         let names_tier = class.is_some();
         let job = Job { class: class.flatten(), ..Job::new(model, input) };
-        Ok(Generation { job, model: name, stream, include_usage, names_tier })
+        Ok(Generation { job, model: name, stream, include_usage, names_tier, calls_functions: false })
     }
 }
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use crate::json_body::{TextOr, is_empty, missing, refuse_unless, text_or, unsupported};
+use crate::json_body::{TextOr, invalid, is_empty, missing, refuse_unless, text_or};
 
 /// One message of a conversation.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -14,7 +14,7 @@ pub(super) struct ChatMessage {
     role: ChatRole,
     /// Text of the message. It may be null if an assistant only calls functions.
     content: Option<Content>,
-    /// Name of the author.
+    /// Name of the author. In a function's message, the name of the function.
     name: Option<String>,
     /// Functions that an assistant called.
     tool_calls: Option<Vec<Call>>,
@@ -24,13 +24,15 @@ pub(super) struct ChatMessage {
     reasoning_content: Option<String>,
     /// The newer name of `reasoning_content`.
     reasoning: Option<String>,
-    /// Refused unless it is empty. Use `tool_calls`.
-    function_call: Option<Value>,
+    /// The older form of `tool_calls`: the function that an assistant called. A message of the role `function` has its
+    /// result.
+    #[schema(value_type = Option<CalledFunction>)]
+    function_call: Option<CalledFunction>,
     /// Refused unless it is empty.
     audio: Option<Value>,
 }
 
-/// Author of a message. `function` is refused.
+/// Author of a message. `function` is the older form of `tool`.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum ChatRole {
@@ -62,37 +64,65 @@ struct CalledFunction {
     arguments: String,
 }
 
+/// Converts a conversation. The result of a function belongs to the last call before it, because calls in the older
+/// form have no ids.
+pub(super) fn convert(messages: Vec<ChatMessage>) -> Result<Vec<Message>, WireError> {
+    let mut last_call = call_id(0);
+    let convert = |(index, message): (usize, ChatMessage)| {
+        let message = message.convert(index, &last_call)?;
+        if let Some(call) = message.tool_calls.last() {
+            last_call.clone_from(&call.id);
+        }
+        Ok(message)
+    };
+    messages.into_iter().enumerate().map(convert).collect()
+}
+
+/// Returns the id of the call that the assistant's message at this index makes in the older form.
+fn call_id(index: usize) -> String {
+    format!("call_{index}")
+}
+
 impl ChatMessage {
-    pub(super) fn convert(self, index: usize) -> Result<Message, WireError> {
+    fn convert(self, index: usize, last_call: &str) -> Result<Message, WireError> {
         let path = |field: &str| format!("messages[{index}].{field}");
         let role = match self.role {
             ChatRole::System | ChatRole::Developer => Role::System,
             ChatRole::User => Role::User,
             ChatRole::Assistant => Role::Assistant,
-            ChatRole::Tool => Role::Tool,
-            ChatRole::Function => return Err(unsupported(path("role"))),
+            ChatRole::Tool | ChatRole::Function => Role::Tool,
         };
-        for (value, field) in [(&self.function_call, "function_call"), (&self.audio, "audio")] {
-            refuse_unless(value.as_ref().is_none_or(is_empty), &path(field))?;
-        }
+        let is_function = matches!(self.role, ChatRole::Function);
+        refuse_unless(self.audio.as_ref().is_none_or(is_empty), &path("audio"))?;
         let is_assistant = role == Role::Assistant;
         let calls = self.tool_calls.unwrap_or_default();
         refuse_unless(calls.is_empty() || is_assistant, &path("tool_calls"))?;
         let tool_calls =
             calls.into_iter().enumerate().map(|(call, tool_call)| tool_call.convert(&path("tool_calls"), call));
-        let tool_calls: Vec<_> = tool_calls.collect::<Result<_, _>>()?;
+        let mut tool_calls: Vec<_> = tool_calls.collect::<Result<_, _>>()?;
+        if let Some(CalledFunction { name, arguments }) = self.function_call {
+            refuse_unless(is_assistant, &path("function_call"))?;
+            if !tool_calls.is_empty() {
+                return Err(invalid(&path("function_call"), "is not allowed together with tool_calls"));
+            }
+            tool_calls.push(ToolCall { id: call_id(index), name, arguments });
+        }
         let content = match self.content {
             Some(Content::Text(text)) => text,
             Some(Content::Parts(parts)) => join(parts, &path("content"), is_assistant)?,
-            // An assistant's message may consist of tool calls only.
-            None if !tool_calls.is_empty() => String::new(),
+            // An assistant's message may consist of tool calls only, and a function may return nothing.
+            None if !tool_calls.is_empty() || is_function => String::new(),
             None => return Err(missing(&path("content"))),
         };
-        if role == Role::Tool && self.tool_call_id.is_none() {
+        if is_function && self.name.is_none() {
+            return Err(missing(&path("name")));
+        }
+        let tool_call_id = self.tool_call_id.or_else(|| is_function.then(|| last_call.to_owned()));
+        if role == Role::Tool && tool_call_id.is_none() {
             return Err(missing(&path("tool_call_id")));
         }
         let reasoning = self.reasoning_content.or(self.reasoning).filter(|_| is_assistant);
-        Ok(Message { role, content, reasoning, tool_calls, tool_call_id: self.tool_call_id, name: self.name })
+        Ok(Message { role, content, reasoning, tool_calls, tool_call_id, name: self.name })
     }
 }
 

@@ -106,8 +106,6 @@ fn harmless_and_unknown_fields_pass() {
 fn what_means_something_and_is_not_done_is_refused_by_name() {
     let tools = json!([{"type": "function", "function": {"name": "f"}}]);
     for (field, value) in [
-        ("functions", json!([{}])),
-        ("function_call", json!({"name": "f"})),
         ("modalities", json!(["text", "audio"])),
         ("echo", json!(true)),
         ("suffix", json!("x")),
@@ -122,6 +120,7 @@ fn what_means_something_and_is_not_done_is_refused_by_name() {
     for (field, value) in [
         ("messages", json!([])),
         ("tools", tools),
+        ("functions", json!([{"name": "f"}])),
         ("top_logprobs", json!(3)),
         ("prediction", json!({"type": "content", "content": "x"})),
         ("reasoning_effort", json!("high")),
@@ -233,6 +232,48 @@ fn functions_that_may_be_called_reach_the_job() {
     ] {
         refused(chat(json!({"tools": [tool]})), code, param);
     }
+}
+
+#[test]
+fn functions_in_the_older_form_are_tools_of_which_one_is_called() {
+    let functions = json!([{"name": "weather", "description": "d", "parameters": {"type": "object"}}, {"name": "g"}]);
+    let read = |choice: Value| chat(json!({"functions": functions, "function_call": choice}));
+    for (choice, expected) in [
+        (Value::Null, ToolChoice::Auto),
+        (json!("auto"), ToolChoice::Auto),
+        (json!("none"), ToolChoice::None),
+        (json!({"name": "g"}), ToolChoice::Function("g".into())),
+    ] {
+        let generation = read(choice).expect("well formed");
+        let input = generation.job.input;
+        assert!(generation.calls_functions && input.one_call);
+        assert_eq!((input.tools.len(), input.tools[0].name.as_str(), input.tool_choice), (2, "weather", expected));
+    }
+    assert!(!chat(json!({"functions": []})).expect("none are offered").calls_functions);
+    refused(read(json!("required")), ErrorCode::InvalidValue, "function_call");
+    refused(read(json!({"name": "h"})), ErrorCode::InvalidValue, "function_call");
+    refused(chat(json!({"function_call": {"name": "f"}})), ErrorCode::InvalidValue, "function_call");
+    refused(chat(json!({"functions": [{"name": "a b"}]})), ErrorCode::InvalidValue, "functions");
+    refused(chat(json!({"functions": [{}]})), ErrorCode::InvalidValue, "functions[0]");
+    let bad = json!([{"name": "f", "parameters": {"type": "string"}}]);
+    refused(chat(json!({"functions": bad})), ErrorCode::InvalidValue, "functions[0].parameters");
+    let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+    refused(chat(json!({"functions": functions, "tools": tools})), ErrorCode::InvalidValue, "functions");
+}
+
+#[test]
+fn results_of_functions_belong_to_the_call_before_them() {
+    let call =
+        |name: &str| json!({"role": "assistant", "content": null, "function_call": {"name": name, "arguments": "{}"}});
+    let result = |name: &str, content: Value| json!({"role": "function", "name": name, "content": content});
+    let messages = json!([call("f"), result("f", json!("42")), call("g"), result("g", Value::Null)]);
+    let read = chat(json!({"messages": messages})).expect("well formed").job.input.messages.expect("given");
+    let ids: Vec<_> = read.iter().map(|message| message.tool_call_id.as_deref()).collect();
+    assert_eq!(ids, [None, Some("call_0"), None, Some("call_2")]);
+    assert_eq!((&*read[0].tool_calls[0].id, &*read[2].tool_calls[0].id), ("call_0", "call_2"));
+    assert_eq!((read[1].role, read[3].content.as_str()), (Role::Tool, ""));
+    let user = json!([{"role": "user", "content": "a", "function_call": {"name": "f", "arguments": "{}"}}]);
+    refused(chat(json!({"messages": user})), ErrorCode::UnsupportedParameter, "messages[0].function_call");
 }
 
 #[test]
@@ -426,7 +467,7 @@ fn calls_and_their_results_stand_in_a_conversation() {
 fn an_error_in_a_message_names_its_place() {
     let message = |message: Value| chat(json!({"messages": [{"role": "user", "content": "a"}, message]}));
     refused(message(json!({"role": "wizard", "content": "b"})), ErrorCode::InvalidValue, "messages[1].role");
-    refused(message(json!({"role": "function", "content": "b"})), ErrorCode::UnsupportedParameter, "messages[1].role");
+    refused(message(json!({"role": "function", "content": "b"})), ErrorCode::InvalidValue, "messages[1].name");
     refused(message(json!({"role": "tool", "content": "b"})), ErrorCode::InvalidValue, "messages[1].tool_call_id");
     refused(message(json!({"role": "assistant"})), ErrorCode::InvalidValue, "messages[1].content");
     refused(message(json!({"role": "user"})), ErrorCode::InvalidValue, "messages[1].content");

@@ -1,4 +1,4 @@
-//! The request fields for tool calls: `tools` and `tool_choice`.
+//! The request fields for tool calls: `tools` and `tool_choice`, and the older `functions` and `function_call`.
 
 use protocol::WireError;
 use protocol::infer::{Tool, ToolChoice};
@@ -18,8 +18,9 @@ pub(crate) struct OfferedTool {
     function: Option<OfferedFunction>,
 }
 
+/// A function that the model may call.
 #[derive(Debug, Deserialize, ToSchema)]
-struct OfferedFunction {
+pub(crate) struct OfferedFunction {
     /// 1 to 64 letters, digits, `_` and `-`.
     name: String,
     /// Description of the function, for the model.
@@ -34,11 +35,23 @@ pub(crate) fn tools(offered: Vec<OfferedTool>) -> Result<Vec<Tool>, WireError> {
     let convert = |(index, tool): (usize, OfferedTool)| {
         refuse_unless(tool.kind == "function", &format!("tools[{index}].type"))?;
         let function = tool.function.ok_or_else(|| missing(&format!("tools[{index}].function")))?;
-        let OfferedFunction { name, description, parameters } = function;
-        check_parameters(parameters.as_ref(), &format!("tools[{index}].function.parameters"))?;
-        Ok(Tool { name, description, parameters })
+        function.convert(&format!("tools[{index}].function"))
     };
     offered.into_iter().enumerate().map(convert).collect()
+}
+
+/// Converts `functions`, the older form of `tools`.
+pub(super) fn functions(offered: Vec<OfferedFunction>) -> Result<Vec<Tool>, WireError> {
+    let convert = |(index, function): (usize, OfferedFunction)| function.convert(&format!("functions[{index}]"));
+    offered.into_iter().enumerate().map(convert).collect()
+}
+
+impl OfferedFunction {
+    fn convert(self, path: &str) -> Result<Tool, WireError> {
+        let Self { name, description, parameters } = self;
+        check_parameters(parameters.as_ref(), &format!("{path}.parameters"))?;
+        Ok(Tool { name, description, parameters })
+    }
 }
 
 /// Checks that the schema of a function's arguments is one of an object.
@@ -76,5 +89,19 @@ pub(super) fn tool_choice(value: Option<&Value>) -> Result<ToolChoice, WireError
             Some(_) => Err(unsupported("tool_choice.type")),
             None => Err(invalid("tool_choice", "must be auto, none, required or a function")),
         },
+    }
+}
+
+/// Parses `function_call`, the older form of `tool_choice`.
+pub(super) fn function_call(value: Option<&Value>) -> Result<ToolChoice, WireError> {
+    let expected = || invalid("function_call", "must be auto, none or an object with the name of a function");
+    match value {
+        None | Some(Value::Null) => Ok(ToolChoice::Auto),
+        Some(Value::String(word)) if word == "auto" => Ok(ToolChoice::Auto),
+        Some(Value::String(word)) if word == "none" => Ok(ToolChoice::None),
+        Some(value) => {
+            let name = value.get("name").and_then(Value::as_str).ok_or_else(expected)?;
+            Ok(ToolChoice::Function(name.to_owned()))
+        }
     }
 }

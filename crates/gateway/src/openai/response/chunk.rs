@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::logprobs::{ChatLogprobs, TextLogprobs};
-use super::tool_calls::CallDelta;
+use super::tool_calls::{CallDelta, CalledFunctionDelta};
 use crate::answer::Content;
 
 #[derive(Serialize)]
@@ -22,8 +22,13 @@ pub(super) struct Delta<'a> {
     pub(super) content: DeltaText<'a>,
     #[serde(skip_serializing_if = "str::is_empty")]
     pub(super) reasoning_content: &'a str,
+    /// The same text. Clients know one of the two names.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub(super) reasoning: &'a str,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) tool_calls: Vec<CallDelta<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) function_call: Option<CalledFunctionDelta<'a>>,
 }
 
 /// The text of a delta. The first delta, which carries the role, always includes it, as null if it brings reasoning or
@@ -63,7 +68,7 @@ pub(super) struct Head<'a> {
 }
 
 impl<'a> Delta<'a> {
-    pub(super) fn of(content: &'a Content, is_first: bool) -> Self {
+    pub(super) fn of(content: &'a Content, is_first: bool, calls_functions: bool) -> Self {
         let Content { text, reasoning, tool_calls, .. } = content;
         let text = match (text.as_str(), is_first) {
             ("", true) if !reasoning.is_empty() || !tool_calls.is_empty() => DeltaText::Null,
@@ -74,7 +79,9 @@ impl<'a> Delta<'a> {
             role: is_first.then_some("assistant"),
             content: text,
             reasoning_content: reasoning,
-            tool_calls: tool_calls.iter().map(CallDelta::of).collect(),
+            reasoning,
+            tool_calls: tool_calls.iter().filter(|_| !calls_functions).map(CallDelta::of).collect(),
+            function_call: CalledFunctionDelta::of(tool_calls).filter(|_| calls_functions),
         }
     }
 }

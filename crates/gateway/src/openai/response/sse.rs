@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use protocol::infer::{Degraded, FinishReason};
+use protocol::infer::Degraded;
 use protocol::usage::TokenUsage;
 use protocol::{UnixMillis, WireError};
 use serde::Serialize;
@@ -75,10 +75,10 @@ impl Sse {
         };
         debug_assert!(written.is_ok(), "a buffer grows");
         out.put_slice(&self.head);
-        let (index, finish_reason) = (*index, finish_reason.map(FinishReason::as_str));
+        let (index, finish_reason) = (*index, finish_reason.map(|reason| self.heading.finish_reason(reason)));
         if is_chat {
             let is_first = !std::mem::replace(&mut choice.role, true);
-            let delta = Delta::of(content, is_first);
+            let delta = Delta::of(content, is_first, self.heading.calls_functions);
             put_json(&ChatChoice { index, delta, logprobs: ChatLogprobs::of(logprobs), finish_reason }, out);
         } else {
             let logprobs = TextLogprobs::of(logprobs, &mut choice.position);

@@ -16,7 +16,7 @@ pub(super) struct WholeCall<'a> {
 
 #[derive(Serialize, ToSchema)]
 #[schema(as = CalledFunction)]
-struct WholeFunction<'a> {
+pub(super) struct WholeFunction<'a> {
     name: &'a str,
     /// Arguments of the function as JSON text. A model may write text that is not valid JSON.
     arguments: &'a str,
@@ -41,10 +41,36 @@ struct FunctionDelta<'a> {
     arguments: &'a str,
 }
 
+/// A part of the one call that an answer makes in the older form.
+#[derive(Serialize)]
+pub(super) struct CalledFunctionDelta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    arguments: String,
+}
+
 impl<'a> WholeCall<'a> {
     pub(super) fn of(call: &'a ToolCall) -> Self {
-        let ToolCall { id, name, arguments } = call;
-        Self { id, r#type: "function", function: WholeFunction { name, arguments } }
+        Self { id: &call.id, r#type: "function", function: WholeFunction::of(call) }
+    }
+}
+
+impl<'a> WholeFunction<'a> {
+    pub(super) fn of(call: &'a ToolCall) -> Self {
+        Self { name: &call.name, arguments: &call.arguments }
+    }
+}
+
+impl<'a> CalledFunctionDelta<'a> {
+    /// Joins the parts of the first call. Some servers make further calls despite the request.
+    pub(super) fn of(deltas: &'a [ToolCallDelta]) -> Option<Self> {
+        let mut parts = deltas.iter().filter(|delta| delta.index == 0).peekable();
+        parts.peek()?;
+        let start = Self { name: None, arguments: String::new() };
+        Some(parts.fold(start, |whole, delta| Self {
+            name: whole.name.or(delta.name.as_deref()),
+            arguments: whole.arguments + &delta.arguments,
+        }))
     }
 }
 

@@ -6,7 +6,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use utoipa::ToSchema;
 
 use super::logprobs::{ChatLogprobs, TextLogprobs, TextPosition};
-use super::tool_calls::WholeCall;
+use super::tool_calls::{WholeCall, WholeFunction};
 use super::{Heading, Usage, fingerprint};
 use crate::answer::{Answer, Whole};
 use crate::openai::Endpoint;
@@ -54,8 +54,23 @@ struct ChatChoice<'a> {
     message: AssistantMessage<'a>,
     /// Null unless requested.
     logprobs: Option<ChatLogprobs<'a>>,
-    #[schema(value_type = published::FinishReason)]
+    #[schema(value_type = ChatFinishReason)]
     finish_reason: &'static str,
+}
+
+/// Why an answer to a conversation ended.
+#[derive(ToSchema)]
+#[schema(rename_all = "snake_case")]
+#[expect(dead_code, reason = "only its description is used")]
+enum ChatFinishReason {
+    /// The model ended its turn, or generated a stop sequence.
+    Stop,
+    /// The token limit or the end of the context was reached.
+    Length,
+    /// The model ended its turn and called functions.
+    ToolCalls,
+    /// As `tool_calls`, if the request offers `functions`.
+    FunctionCall,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -67,9 +82,15 @@ struct AssistantMessage<'a> {
     /// The model's reasoning; absent if the model did not reason. Not in OpenAI's API.
     #[serde(skip_serializing_if = "str::is_empty")]
     reasoning_content: &'a str,
+    /// The same text as `reasoning_content`, for clients that know it by this name.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    reasoning: &'a str,
     /// Functions that the model calls; absent if it calls no function.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<WholeCall<'a>>,
+    /// The function that the model calls, instead of `tool_calls`, if the request offers `functions`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    function_call: Option<WholeFunction<'a>>,
     /// Always null.
     #[schema(value_type = Option<String>)]
     refusal: (),
@@ -86,16 +107,20 @@ struct TextChoice<'a> {
 }
 
 impl<'a> ChatChoice<'a> {
-    fn of((index, choice): (u32, &'a Choice)) -> Self {
+    fn of((index, choice): (u32, &'a Choice), heading: &Heading) -> Self {
         let Choice { text, reasoning, tool_calls, logprobs, finish_reason, stop_sequence: _ } = choice;
+        let calls_functions = heading.calls_functions;
         let message = AssistantMessage {
             role: "assistant",
             content: (!text.is_empty() || tool_calls.is_empty()).then_some(text),
             reasoning_content: reasoning,
-            tool_calls: tool_calls.iter().map(WholeCall::of).collect(),
+            reasoning,
+            tool_calls: tool_calls.iter().filter(|_| !calls_functions).map(WholeCall::of).collect(),
+            function_call: tool_calls.first().filter(|_| calls_functions).map(WholeFunction::of),
             refusal: (),
         };
-        Self { index, message, logprobs: ChatLogprobs::of(logprobs), finish_reason: finish_reason.as_str() }
+        let finish_reason = heading.finish_reason(*finish_reason);
+        Self { index, message, logprobs: ChatLogprobs::of(logprobs), finish_reason }
     }
 }
 
@@ -115,7 +140,8 @@ pub(crate) fn write_whole(heading: &Heading, answer: &Answer, whole: &Whole) -> 
     let (created, system_fingerprint, usage) = (heading.created(answer), &*fingerprint(answer), whole.usage.into());
     match endpoint {
         Endpoint::Chat => {
-            let (object, choices) = ("chat.completion", choices.map(ChatChoice::of).collect());
+            let (object, choices) =
+                ("chat.completion", choices.map(|choice| ChatChoice::of(choice, heading)).collect());
             to_raw_value(&ChatCompletion {
                 id,
                 object,

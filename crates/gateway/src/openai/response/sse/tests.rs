@@ -1,6 +1,6 @@
 use bytes::Bytes;
 use protocol::ErrorCode;
-use protocol::infer::{TokenLogprob, ToolCallDelta};
+use protocol::infer::{FinishReason, TokenLogprob, ToolCallDelta};
 use serde_json::{Value, json};
 
 use super::*;
@@ -20,6 +20,7 @@ fn of_several(endpoint: Endpoint, choices: usize, include_usage: bool) -> Sse {
         echo: false,
         include_usage,
         service_tier: None,
+        calls_functions: false,
     });
     sse.set_head(7, "fp_abc");
     sse
@@ -153,13 +154,40 @@ fn thoughts_and_calls_come_in_fields_of_their_own() {
     let choices_written = choices(&written(&mut sse(Endpoint::Chat, false), &pieces));
     let deltas: Vec<_> = choices_written.iter().map(|choice| choice["delta"].clone()).collect();
     let expected = [
-        json!({"role": "assistant", "content": null, "reasoning_content": "hm"}),
+        json!({"role": "assistant", "content": null, "reasoning_content": "hm", "reasoning": "hm"}),
         json!({"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}]}),
         json!({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}),
         json!({}),
     ];
     assert_eq!(deltas, expected);
     assert_eq!(choices_written[3]["finish_reason"], "tool_calls");
+}
+
+#[test]
+fn a_call_in_the_older_form_is_the_first_one_alone() {
+    let delta = |index, name: Option<&str>, arguments: &str| ToolCallDelta {
+        index,
+        id: name.map(|_| format!("c{index}")),
+        name: name.map(str::to_owned),
+        arguments: arguments.to_owned(),
+    };
+    let calls = |tool_calls| Content { tool_calls, ..Content::default() };
+    let pieces = [
+        of(0, calls(vec![delta(0, Some("f"), ""), delta(0, None, "{")])),
+        of(1, calls(vec![delta(0, None, "}"), delta(1, Some("g"), "{}")])),
+        of(2, Content { finish_reason: Some(FinishReason::ToolCalls), ..Content::default() }),
+    ];
+    let mut sse = sse(Endpoint::Chat, false);
+    sse.heading.calls_functions = true;
+    let written = choices(&written(&mut sse, &pieces));
+    let deltas: Vec<_> = written.iter().map(|choice| choice["delta"].clone()).collect();
+    let expected = [
+        json!({"role": "assistant", "content": null, "function_call": {"name": "f", "arguments": "{"}}),
+        json!({"function_call": {"arguments": "}"}}),
+        json!({}),
+    ];
+    assert_eq!(deltas, expected);
+    assert_eq!(written[2]["finish_reason"], "function_call");
 }
 
 #[test]
