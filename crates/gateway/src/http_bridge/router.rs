@@ -159,8 +159,39 @@ fn nothing_under(path: &str) -> String {
     if is_openai && path != format!("/v1{once}") {
         return format!("there is nothing under {path}; the path is /v1{once}: look at the client's base address");
     }
+    if let Some((endpoint, instead)) = ABSENT.iter().find(|(endpoint, _)| is_under(path, endpoint)) {
+        return format!("{endpoint} is not supported here: {instead}");
+    }
     "there is nothing under this path; GET /openapi.json tells what there is".to_owned()
 }
+
+/// Returns whether a path is the endpoint's or continues it.
+fn is_under(path: &str, endpoint: &str) -> bool {
+    path.strip_prefix(endpoint).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// Endpoints of OpenAI's API that do not exist here, and what a client can do instead.
+const ABSENT: [(&str, &str); 19] = [
+    ("/v1/moderations", "no model here moderates; a chat model with response_format gives a verdict"),
+    ("/v1/images", "no model here makes images"),
+    ("/v1/videos", "no model here makes videos"),
+    ("/v1/audio", "no model here hears or speaks; ask a speech server directly"),
+    ("/v1/realtime", "POST /v1/responses streams answers to texts"),
+    ("/v1/fine_tuning", "models are trained elsewhere; an operator adds a LoRA adapter with `tether adapter add`"),
+    ("/v1/fine-tunes", "models are trained elsewhere; an operator adds a LoRA adapter with `tether adapter add`"),
+    ("/v1/assistants", "POST /v1/responses answers with instructions and tools"),
+    ("/v1/threads", "POST /v1/responses continues a conversation by previous_response_id"),
+    ("/v1/conversations", "POST /v1/responses continues a conversation by previous_response_id"),
+    ("/v1/vector_stores", "POST /v1/embeddings makes vectors and POST /v1/rerank ranks texts; a database keeps them"),
+    ("/v1/uploads", "requests carry their texts themselves"),
+    ("/v1/containers", "no code runs here"),
+    ("/v1/evals", "an evaluation such as lm-eval asks POST /v1/completions or /v1/chat/completions"),
+    ("/v1/graders", "an evaluation such as lm-eval asks POST /v1/completions or /v1/chat/completions"),
+    ("/v1/organization", "operators use the program `tether` or /admin/v1"),
+    ("/v1/edits", "POST /v1/chat/completions edits a text on instruction"),
+    ("/v1/engines", "GET /v1/models lists the models"),
+    ("/v1/chat/completions", "chat completions are not stored; POST /v1/responses stores responses"),
+];
 
 async fn no_method(inquiry: Inquiry) -> Response<Body> {
     let message = "this path does not take this method; the Allow header lists those that it takes";
@@ -293,6 +324,20 @@ mod tests {
         for path in ["/v1", "/v1/chat", "/v1/completion"] {
             assert!(nothing_under(path).contains("/openapi.json"), "{path}");
         }
+    }
+
+    #[test]
+    fn an_endpoint_that_does_not_exist_here_is_refused_by_name() {
+        for (path, endpoint) in [
+            ("/v1/moderations", "/v1/moderations"),
+            ("/v1/audio/transcriptions", "/v1/audio"),
+            ("/v1/threads/thread_1/runs", "/v1/threads"),
+            ("/v1/chat/completions/chatcmpl-1", "/v1/chat/completions"),
+        ] {
+            let message = nothing_under(path);
+            assert!(message.starts_with(&format!("{endpoint} is not supported here: ")), "{message}");
+        }
+        assert!(nothing_under("/v1/imagesx").contains("/openapi.json"));
     }
 
     #[test]
