@@ -10,8 +10,8 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::dialect::Dialect;
 use super::errors::{self, ApiError, EitherError};
-use super::extract::{Bridge, Inquiry, Segment};
-use crate::anthropic::response::models::{ModelInfo, ModelPage};
+use super::extract::{Bridge, Inquiry, Query, Segment};
+use crate::anthropic::response::models::{ModelInfo, ModelPage, PageQuery};
 use crate::catalog;
 use crate::openai::response::models::{Model, ModelList};
 
@@ -46,19 +46,36 @@ enum AnyModel {
 /// Lists the models that a worker serves and this API key may use.
 #[utoipa::path(
     get, path = "/v1/models", tag = "openai", operation_id = "listModels", security(("bearer" = [])),
-    params(DialectHeader),
+    params(
+        DialectHeader,
+        ("limit" = Option<u32>, Query, description = "The most models to list, 1 to 1000. In Anthropic's format \
+                                                  only, as the next two."),
+        ("after_id" = Option<String>, Query, description = "Id of the last model of the page before"),
+        ("before_id" = Option<String>, Query, description = "Id of the first model of the page after"),
+    ),
     responses((status = 200, description = "The models", body = AnyModelList), EitherError),
 )]
 pub(super) async fn list(
     State(bridge): State<Bridge>,
     dialect: Dialect,
+    query: Query,
     inquiry: Inquiry,
 ) -> Result<Response<Body>, ApiError> {
     let list = served(&bridge, &inquiry).await?;
     Ok(match dialect {
-        Dialect::Anthropic => errors::json(&ModelPage::of(&list)),
+        Dialect::Anthropic => errors::json(&ModelPage::of(&list, &page(&query)?)?),
         Dialect::OpenAi | Dialect::Ollama => errors::json(&list),
     })
+}
+
+fn page(query: &Query) -> Result<PageQuery, WireError> {
+    let id = |name| Ok::<_, WireError>(query.get::<String>(name)?.map(|id| decoded(&id)));
+    Ok(PageQuery { after_id: id("after_id")?, before_id: id("before_id")?, limit: query.get("limit")? })
+}
+
+/// Decodes the only two characters of a model's id that clients encode.
+fn decoded(id: &str) -> String {
+    id.replace("%40", "@").replace("%3A", ":").replace("%3a", ":")
 }
 
 /// Returns the models that a worker serves and an API key may use.

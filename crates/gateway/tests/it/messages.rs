@@ -210,6 +210,10 @@ async fn models_come_in_the_shape_of_the_clients_api() {
     let all = list["data"].as_array().expect("a list");
     assert!(!all.is_empty() && list["has_more"] == json!(false));
     assert_eq!((&list["first_id"], &list["last_id"]), (&all[0]["id"], &all[all.len() - 1]["id"]));
+    let page: Value = get("/v1/models?limit=1").await.json().await.expect("JSON");
+    assert_eq!((page["data"].as_array().map(Vec::len), &page["last_id"]), (Some(1), &all[0]["id"]));
+    assert_eq!(page["has_more"], json!(all.len() > 1));
+    expect_refusal(get("/v1/models?after_id=nothing").await, 400, "invalid_request_error").await;
     let tiny: Value = get("/v1/models/tiny").await.json().await.expect("JSON");
     assert_eq!((&tiny["type"], &tiny["id"], &tiny["display_name"]), (&json!("model"), &json!("tiny"), &json!("tiny")));
     expect_refusal(get("/v1/models/nothing").await, 404, "not_found_error").await;
