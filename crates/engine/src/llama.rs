@@ -43,9 +43,9 @@ use crate::memory_plan::{self, Shape};
 use crate::model_facts;
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, DevicePlacement, EmbedRequest, Embeddings, EngineError, FinishReason,
-    GenerateRequest, GenerateStream, Kernels, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId,
-    ModelRuntime, OutputFormat, Piece, ProgressSink, PromptInput, RuntimeInfo, SamplingDefaults, TokenUsage,
-    ToolChoice, VerifiedArtifact, unsupported,
+    GenerateRequest, GenerateStream, Kernels, ListedToken, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId,
+    ModelRuntime, OutputFormat, Piece, ProgressSink, PromptInput, Ranking, RerankRequest, RuntimeInfo,
+    SamplingDefaults, Scores, TokenListing, TokenUsage, ToolChoice, VerifiedArtifact, unsupported,
 };
 use constraints::Constraints;
 use embedder::EmbedJob;
@@ -209,20 +209,40 @@ impl ModelRuntime for LlamaRuntime {
         if loaded.abilities.embedding_length == 0 {
             return Err(unsupported("input", "this model makes no embeddings"));
         }
-        let admitted = Arc::new(loaded.admit()?);
-        let preparing = Preparing::new(&loaded);
-        let (loaded, texts) = loaded.embed_tokens(request.inputs).await?;
-        drop(preparing);
-        let prompt_tokens = texts.iter().map(Vec::len).sum::<usize>() as u32;
-        let mut made = Vec::with_capacity(texts.len());
-        for tokens in texts {
-            let (sender, vector) = oneshot::channel();
-            let job = EmbedJob { tokens, made: sender, admitted: Arc::clone(&admitted) };
-            loaded.send(Work::Embed(job)).await?;
-            made.push(async { vector.await.map_err(|_| EngineError::NotLoaded)? });
+        let tokens_max = loaded.shape.context_length;
+        loaded
+            .embed(move |loaded| {
+                let tokens = |input| loaded.prompts.embed_tokens(&loaded.model, input, tokens_max);
+                request.inputs.iter().map(tokens).collect()
+            })
+            .await
+    }
+
+    async fn rerank(&self, request: RerankRequest) -> Result<Scores, EngineError> {
+        let loaded = self.model(request.model)?;
+        if loaded.abilities.ranking != Ranking::Scores {
+            return Err(unsupported("query", "this model is no reranker"));
         }
-        let vectors = try_join_all(made).await?;
-        Ok(Embeddings { vectors, prompt_tokens })
+        let tokens_max = loaded.shape.context_length;
+        let RerankRequest { query, texts, .. } = request;
+        let Embeddings { vectors, prompt_tokens } = loaded
+            .embed(move |loaded| {
+                let tokens = |text: &String| loaded.prompts.pair(&loaded.model, &query, text, tokens_max);
+                texts.iter().map(tokens).collect()
+            })
+            .await?;
+        Ok(Scores { scores: vectors.into_iter().flatten().collect(), prompt_tokens })
+    }
+
+    async fn list_tokens(
+        &self,
+        model: ModelId,
+        input: &PromptInput,
+        listing: TokenListing,
+    ) -> Result<Vec<ListedToken>, EngineError> {
+        let input = input.clone();
+        let listed = move |loaded: &Loaded| loaded.prompts.list(&loaded.model, &input, listing);
+        Ok(self.model(model)?.blocking(listed).await?.1)
     }
 
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {
@@ -311,11 +331,15 @@ impl Loaded {
         // If this load is dropped here, it ends at the next progress report, together with its thread.
         let model = is_ready.await.map_err(|_| EngineError::Failed { reason: "the engine thread ended".into() })??;
         let stop = abandoned.disarm();
+        let ranking = model_facts::ranking(&header);
+        // A reranker's context has scores instead of vectors.
+        let has_vectors = !model.has_encoder() && ranking != Ranking::Scores;
         let abilities = Abilities {
             generate: generates,
             chat: generates && prompts.takes_chats(),
             tools: generates && prompts.takes_tools(),
-            embedding_length: if model.has_encoder() { 0 } else { model.embedding_length() },
+            embedding_length: if has_vectors { model.embedding_length() } else { 0 },
+            ranking,
             adapters: generates,
         };
         let constraints = Constraints::new(prompts.spoken(model.vocabulary()));
@@ -480,16 +504,25 @@ impl Loaded {
             .await
     }
 
-    async fn embed_tokens(
+    /// Evaluates texts, which `tokenize` returns, in the embedder.
+    async fn embed(
         self: Arc<Self>,
-        inputs: Vec<PromptInput>,
-    ) -> Result<(Arc<Self>, Vec<Vec<Token>>), EngineError> {
-        self.blocking(move |loaded| {
-            let tokens_max = loaded.shape.context_length;
-            let texts = inputs.iter().map(|input| loaded.prompts.embed_tokens(&loaded.model, input, tokens_max));
-            texts.collect()
-        })
-        .await
+        tokenize: impl FnOnce(&Self) -> Result<Vec<Vec<Token>>, EngineError> + Send + 'static,
+    ) -> Result<Embeddings, EngineError> {
+        let admitted = Arc::new(self.admit()?);
+        let preparing = Preparing::new(&self);
+        let (loaded, texts) = self.blocking(tokenize).await?;
+        drop(preparing);
+        let prompt_tokens = texts.iter().map(Vec::len).sum::<usize>() as u32;
+        let mut made = Vec::with_capacity(texts.len());
+        for tokens in texts {
+            let (sender, vector) = oneshot::channel();
+            let job = EmbedJob { tokens, made: sender, admitted: Arc::clone(&admitted) };
+            loaded.send(Work::Embed(job)).await?;
+            made.push(async { vector.await.map_err(|_| EngineError::NotLoaded)? });
+        }
+        let vectors = try_join_all(made).await?;
+        Ok(Embeddings { vectors, prompt_tokens })
     }
 
     async fn blocking<T: Send + 'static>(

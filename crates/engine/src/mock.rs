@@ -21,8 +21,9 @@ use crate::hardware::{Device, DeviceKind, Hardware};
 use crate::memory_plan::VRAM_SPARED_BYTES;
 use crate::model_runtime::{
     Abilities, AdapterId, Counters, DevicePlacement, EmbedRequest, Embeddings, EngineError, Event, FinishReason,
-    GenerateRequest, GenerateSink, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId,
-    ModelRuntime, Piece, Progress, ProgressSink, PromptInput, RuntimeInfo, TokenUsage, VerifiedArtifact, unsupported,
+    GenerateRequest, GenerateSink, GenerateStream, ListedToken, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan,
+    ModelId, ModelRuntime, Piece, Progress, ProgressSink, PromptInput, Ranking, RerankRequest, RuntimeInfo, Scores,
+    TokenListing, TokenUsage, VerifiedArtifact, check_listed, unsupported,
 };
 use script::{Script, word};
 
@@ -233,6 +234,7 @@ impl ModelRuntime for MockRuntime {
             chat: true,
             tools: true,
             embedding_length: Self::EMBEDDING_LENGTH,
+            ranking: Ranking::Scores,
             adapters: true,
         };
         let fit_bytes = options.vram_fit_bytes.unwrap_or(self.options.vram_bytes).min(self.options.vram_bytes);
@@ -322,6 +324,36 @@ impl ModelRuntime for MockRuntime {
             MockGeneration { model, options, sink, script, prompt_tokens, continued, limit, fate, admitted }.run(),
         );
         Ok(stream)
+    }
+
+    async fn rerank(&self, request: RerankRequest) -> Result<Scores, EngineError> {
+        let model = self.model(request.model)?;
+        let mut scores = Scores::default();
+        for text in &request.texts {
+            let pair = PromptInput::Text(format!("{} {text}", request.query));
+            let (prompt_tokens, context_length) = (words(&pair), model.context_length);
+            if prompt_tokens > context_length {
+                return Err(EngineError::ContextLength { prompt_tokens, context_length });
+            }
+            scores.prompt_tokens += prompt_tokens;
+            scores.scores.push(vectors::relevance(&request.query, text));
+        }
+        pause(self.options.first_token).await;
+        Ok(scores)
+    }
+
+    async fn list_tokens(
+        &self,
+        model: ModelId,
+        input: &PromptInput,
+        listing: TokenListing,
+    ) -> Result<Vec<ListedToken>, EngineError> {
+        let _ = listing;
+        self.model(model)?;
+        let PromptInput::Text(text) = input else { return Err(unsupported("prompt", "the mock lists words of texts")) };
+        check_listed(text.split_whitespace().count(), text.len())?;
+        let listed = |(id, word): (u32, &str)| ListedToken { id, bytes: word.as_bytes().to_vec() };
+        Ok((0..).zip(text.split_whitespace()).map(listed).collect())
     }
 
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {

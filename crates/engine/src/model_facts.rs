@@ -6,11 +6,13 @@ use crate::answer_parser::AnswerFormat;
 use crate::chat_template::{self, CHATML_TOKENS};
 use crate::gguf::{Header, Tensor};
 use crate::memory_plan;
-use crate::model_runtime::LoadOptions;
+use crate::model_runtime::{LoadOptions, Ranking};
 
 /// Architectures that compute embeddings and do not generate text.
 const NOT_GENERATIVE: [&str; 9] =
     ["bert", "clip", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert", "t5encoder"];
+/// `pooling_type` of rerankers in model files, which is llama.cpp's `LLAMA_POOLING_TYPE_RANK`.
+const RANK_POOLING: u64 = 4;
 /// The bit that marks a file type as guessed by llama.cpp.
 const GUESSED: u64 = 1 << 10;
 
@@ -47,6 +49,16 @@ pub(crate) fn generates(header: &Header) -> bool {
     !NOT_GENERATIVE.contains(&header.architecture().unwrap_or_default())
 }
 
+/// Returns how a model ranks texts, by the pooling that its file names.
+pub(crate) fn ranking(header: &Header) -> Ranking {
+    match header.hyperparameter("pooling_type") {
+        Some(RANK_POOLING) => Ranking::Scores,
+        Some(1..) => Ranking::Vectors,
+        _ if !generates(header) => Ranking::Vectors,
+        _ => Ranking::None,
+    }
+}
+
 impl ModelFacts {
     /// Reads the facts from a header. No template is rendered: that takes memory, and is left to engine processes.
     pub fn of(header: &Header, options: &LoadOptions) -> Self {
@@ -67,7 +79,7 @@ impl ModelFacts {
             // A template that never mentions `tools` does not pass them to the model.
             calls_tools: chats && answers.takes_tools() && both.contains("tools"),
             reasons: chats && answers.thinks(),
-            embeds: !generates || header.hyperparameter("pooling_type").is_some_and(|kind| kind > 0),
+            embeds: ranking(header) == Ranking::Vectors,
             has_chat_template: template.is_some(),
             memory_bytes: memory_plan::plan(header, options).map_or(0, |plan| plan.total_bytes()),
         }

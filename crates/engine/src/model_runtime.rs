@@ -22,8 +22,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::hardware::Hardware;
 use crate::process::sandbox::Sandbox;
 pub use inference::{
-    EmbedInput, FinishReason, InvalidInput, LeftToModel, Message, OutputFormat, Progress, Role, Sampling,
-    SamplingDefaults, TokenLogprob, TokenUsage, Tool, ToolCall, ToolCallDelta, ToolChoice,
+    EmbedInput, FinishReason, InvalidInput, LeftToModel, ListedToken, Message, OutputFormat, Progress, Role, Sampling,
+    SamplingDefaults, TokenListing, TokenLogprob, TokenUsage, Tool, ToolCall, ToolCallDelta, ToolChoice,
 };
 pub use output::*;
 pub use request::*;
@@ -75,6 +75,23 @@ pub trait ModelRuntime: Send + Sync + 'static {
     async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
         let _ = request;
         Err(unsupported("input", "this runtime makes no embeddings"))
+    }
+
+    /// Scores each text by its relevance to a query. Requires [`Ranking::Scores`].
+    async fn rerank(&self, request: RerankRequest) -> Result<Scores, EngineError> {
+        let _ = request;
+        Err(unsupported("query", "this runtime scores no texts"))
+    }
+
+    /// Returns the tokens of the input, including the chat template; at most [`LISTED_TOKENS_MAX`].
+    async fn list_tokens(
+        &self,
+        model: ModelId,
+        input: &PromptInput,
+        listing: TokenListing,
+    ) -> Result<Vec<ListedToken>, EngineError> {
+        let _ = (model, input, listing);
+        Err(unsupported("prompt", "this runtime lists no tokens"))
     }
 
     /// Returns the number of tokens in the input, including the chat template.
@@ -278,7 +295,34 @@ pub struct Abilities {
     pub tools: bool,
     /// The length of its embedding vectors; 0 if it computes none.
     pub embedding_length: u32,
+    pub ranking: Ranking,
     pub adapters: bool,
+}
+
+/// How a model ranks texts by their relevance to a query.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ranking {
+    /// It was not made for it.
+    #[default]
+    None,
+    /// It was made for embeddings, so the cosine of its vectors ranks texts.
+    Vectors,
+    /// It is a reranker: it reads the query with each text and scores the pair.
+    Scores,
+}
+
+/// The maximum number of tokens that are listed.
+pub const LISTED_TOKENS_MAX: usize = 128 * 1024;
+/// The maximum length in bytes of the text whose tokens are listed.
+pub const LISTED_BYTES_MAX: usize = 1 << 20;
+
+/// Checks the number of listed tokens and the length of their text.
+pub(crate) fn check_listed(tokens: usize, bytes: usize) -> Result<(), EngineError> {
+    if tokens <= LISTED_TOKENS_MAX && bytes <= LISTED_BYTES_MAX {
+        return Ok(());
+    }
+    Err(unsupported("prompt", "at most 131072 tokens of at most 1 MiB are listed; divide the text"))
 }
 
 /// The load of one model, and its counters since it was loaded.

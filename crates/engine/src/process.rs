@@ -41,8 +41,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::hardware::{self, Hardware};
 use crate::model_runtime::{
-    AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
-    LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
+    AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, ListedToken, LoadOptions,
+    LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RerankRequest,
+    RuntimeInfo, Scores, TokenListing, VerifiedArtifact,
 };
 use crate::{gguf, memory_plan};
 pub use child_server::{ServeError, serve_child};
@@ -227,6 +228,19 @@ impl ModelRuntime for ProcessRuntime {
 
     async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
         self.model(request.model)?.embed(&request.inputs).await
+    }
+
+    async fn rerank(&self, request: RerankRequest) -> Result<Scores, EngineError> {
+        self.model(request.model)?.rerank(&request.query, &request.texts).await
+    }
+
+    async fn list_tokens(
+        &self,
+        model: ModelId,
+        input: &PromptInput,
+        listing: TokenListing,
+    ) -> Result<Vec<ListedToken>, EngineError> {
+        self.model(model)?.list_tokens(input, listing).await
     }
 
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {

@@ -14,6 +14,8 @@ pub mod event_stream;
 mod generation;
 mod http_client;
 pub mod refusal;
+pub mod scores;
+pub mod tokens;
 pub mod vectors;
 
 use std::collections::BTreeMap;
@@ -42,8 +44,9 @@ use crate::hardware::Hardware;
 use crate::model_facts::ModelFacts;
 use crate::model_runtime::{
     Abilities, ContinuedText, DevicePlacement, EmbedRequest, Embeddings, EngineError, Event, FinishReason,
-    GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, Piece,
-    ProgressSink, PromptInput, RuntimeInfo, ServerFacts, TokenUsage, VerifiedArtifact, unsupported,
+    GenerateRequest, GenerateStream, LISTED_TOKENS_MAX, ListedToken, LoadOptions, LoadSnapshot, LoadedModel,
+    MemoryPlan, ModelId, ModelRuntime, Piece, ProgressSink, PromptInput, Ranking, RerankRequest, RuntimeInfo, Scores,
+    ServerFacts, TokenListing, TokenUsage, VerifiedArtifact, check_listed, unsupported,
 };
 
 /// The first id of attached models, so that their ids differ from those of all other runtimes in the process.
@@ -52,6 +55,10 @@ pub const FIRST_ID: u64 = 1 << 63;
 const CONTEXT_ASSUMED: u32 = 4_096;
 /// The maximum length of an embedding response: 2,048 vectors as decimal numbers.
 const VECTOR_BYTES_MAX: usize = 128 << 20;
+/// The maximum length of a response with scores, whose texts some servers repeat.
+const SCORE_BYTES_MAX: usize = 32 << 20;
+/// The maximum length of a list of tokens.
+const TOKEN_LIST_BYTES_MAX: usize = 128 * LISTED_TOKENS_MAX;
 /// The number of consecutive health checks that a server may miss before its models count as gone.
 const MISSES_MAX: u32 = 2;
 
@@ -173,6 +180,11 @@ impl RemoteRuntime {
         if listed.kind == Kind::Text {
             return Ok(text);
         }
+        let reranker = Abilities { ranking: Ranking::Scores, ..Abilities::default() };
+        // A llama-server with a reranker makes vectors too, which mean nothing.
+        if dialect == Dialect::LlamaServer && self.reranks(server, &listed.name).await {
+            return Ok(reranker);
+        }
         let body = json!({"model": listed.name, "input": ["a"]});
         let within = if listed.kind == Kind::Vectors { self.timeouts.begin } else { self.timeouts.describe };
         let vectors = match self.http.ask(server, "/v1/embeddings", &body, within).await {
@@ -182,13 +194,69 @@ impl RemoteRuntime {
         let embedding_length = vectors.map(|vectors| vectors.vectors[0].len() as u32);
         match (listed.kind, embedding_length) {
             (Kind::Vectors, Err(error)) => Err(error),
+            (_, Err(_)) if dialect.may_rerank() && self.reranks(server, &listed.name).await => Ok(reranker),
             (_, Err(_)) => Ok(text),
             // With these servers, a model that computes embeddings does nothing else.
             (Kind::Unknown, Ok(embedding_length)) if !matches!(dialect, Dialect::Vllm | Dialect::Sglang) => {
-                Ok(Abilities { embedding_length, ..text })
+                Ok(Abilities { embedding_length, ranking: Ranking::Vectors, ..text })
             }
-            (_, Ok(embedding_length)) => Ok(Abilities { embedding_length, ..Abilities::default() }),
+            (_, Ok(embedding_length)) => {
+                Ok(Abilities { embedding_length, ranking: Ranking::Vectors, ..Abilities::default() })
+            }
         }
+    }
+
+    /// Determines whether a model is a reranker, by asking for a score.
+    async fn reranks(&self, server: &ServerAddress, name: &str) -> bool {
+        let body = scores::request(name, "a", &["a".to_owned()]);
+        let answer = self.http.ask(server, scores::PATH, &body, self.timeouts.describe).await;
+        answer.is_ok_and(|answer| scores::read_scores(&answer, 1).is_ok())
+    }
+
+    /// Sends a prompt to a server's tokenizer. `lists` asks for the text of each token too.
+    async fn tokenize(
+        &self,
+        attached: &Attached,
+        input: &PromptInput,
+        listing: TokenListing,
+        lists: bool,
+    ) -> Result<Value, EngineError> {
+        let mut body = match (input, attached.dialect) {
+            (PromptInput::Text(text), Dialect::LlamaServer) => llama_prompt(text.as_str().into(), listing, lists),
+            (PromptInput::Chat(chat), Dialect::LlamaServer) => {
+                let prompt = body::prompt(chat, attached.dialect)?.into();
+                let mut templated = self.ask(attached, "/apply-template", &prompt).await?;
+                llama_prompt(templated["prompt"].take(), listing, lists)
+            }
+            (PromptInput::Text(text), Dialect::Vllm | Dialect::Sglang) => {
+                json!({"prompt": text, "add_special_tokens": listing.add_special})
+            }
+            (PromptInput::Chat(chat), Dialect::Vllm) => body::prompt(chat, attached.dialect)?.into(),
+            (_, dialect) => {
+                let problem = format!("{} does not tell how many tokens it takes", dialect.as_str());
+                return Err(unsupported("input", problem));
+            }
+        };
+        if attached.dialect != Dialect::LlamaServer {
+            body["model"] = attached.name.as_str().into();
+            body["return_token_strs"] = lists.into();
+        }
+        let bytes_max = TOKEN_LIST_BYTES_MAX;
+        let answer = self.http.post(&attached.server, "/tokenize", &body, bytes_max, self.timeouts.describe).await;
+        let answer = answer.map_err(|error| self.lost(attached, error))?;
+        serde_json::from_slice(&answer).map_err(|_| EngineError::Failed { reason: "the server sent no JSON".into() })
+    }
+
+    /// Returns the text of tokens as their server writes it.
+    async fn text_of(&self, attached: &Attached, tokens: &[u32]) -> Result<String, EngineError> {
+        if !matches!(attached.dialect, Dialect::LlamaServer | Dialect::Vllm | Dialect::Sglang) {
+            let problem = format!("{} does not tell the text of tokens", attached.dialect.as_str());
+            return Err(unsupported("tokens", problem));
+        }
+        let body = json!({"model": attached.name, "tokens": tokens});
+        let answer = self.ask(attached, "/detokenize", &body).await?;
+        let text = ["content", "prompt", "text"].into_iter().find_map(|field| answer[field].as_str());
+        text.map(str::to_owned).ok_or_else(|| EngineError::Failed { reason: "the server sent no text".into() })
     }
 
     /// Determines whether a server continues the last message of a conversation. vLLM and SGLang have a field for it;
@@ -341,32 +409,49 @@ impl ModelRuntime for RemoteRuntime {
         vectors::read_embeddings(&answer.map_err(|error| self.lost(&attached, error))?, request.inputs.len())
     }
 
+    async fn rerank(&self, request: RerankRequest) -> Result<Scores, EngineError> {
+        let attached = self.find(request.model)?;
+        if attached.loaded.abilities.ranking != Ranking::Scores {
+            return Err(unsupported("query", "this model is no reranker"));
+        }
+        let RerankRequest { query, texts, .. } = request;
+        let body = scores::request(&attached.name, &query, &texts);
+        let _seat = attached.enter()?;
+        let path = scores::PATH;
+        let answer = self.http.post(&attached.server, path, &body, SCORE_BYTES_MAX, self.timeouts.begin).await;
+        scores::read_scores(&answer.map_err(|error| self.lost(&attached, error))?, texts.len())
+    }
+
+    async fn list_tokens(
+        &self,
+        model: ModelId,
+        input: &PromptInput,
+        listing: TokenListing,
+    ) -> Result<Vec<ListedToken>, EngineError> {
+        let attached = self.find(model)?;
+        if let PromptInput::Tokens(tokens) = input {
+            check_listed(tokens.len(), 0)?;
+            let text = self.text_of(&attached, tokens).await?;
+            check_listed(0, text.len())?;
+            return Ok(tokens::with_text(tokens, text));
+        }
+        if let PromptInput::Text(text) = input {
+            check_listed(0, text.len())?;
+        }
+        let answer = self.tokenize(&attached, input, listing, true).await?;
+        let listed = tokens::read_tokens(&answer);
+        let listed = listed.ok_or_else(|| EngineError::Failed { reason: "the server listed no tokens".into() })?;
+        check_listed(listed.len(), listed.iter().map(|token| token.bytes.len()).sum())?;
+        Ok(listed)
+    }
+
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {
         let attached = self.find(model)?;
-        let body = match (input, attached.dialect) {
-            (PromptInput::Tokens(tokens), _) => return Ok(tokens.len() as u32),
-            (PromptInput::Text(text), Dialect::LlamaServer) => json!({"content": text, "add_special": true}),
-            (PromptInput::Chat(chat), Dialect::LlamaServer) => {
-                let prompt = body::prompt(chat, attached.dialect)?.into();
-                let templated = self.ask(&attached, "/apply-template", &prompt).await?;
-                json!({"content": templated["prompt"], "add_special": true})
-            }
-            (PromptInput::Text(text), Dialect::Vllm | Dialect::Sglang) => {
-                json!({"model": attached.name, "prompt": text})
-            }
-            (PromptInput::Chat(chat), Dialect::Vllm) => {
-                let mut prompt = body::prompt(chat, attached.dialect)?;
-                prompt.insert("model".into(), attached.name.as_str().into());
-                prompt.into()
-            }
-            (_, dialect) => {
-                return Err(unsupported(
-                    "input",
-                    format!("{} does not tell how many tokens it takes", dialect.as_str()),
-                ));
-            }
-        };
-        let counted = self.ask(&attached, "/tokenize", &body).await?;
+        if let PromptInput::Tokens(tokens) = input {
+            return Ok(tokens.len() as u32);
+        }
+        let listing = TokenListing { add_special: true, parse_special: true };
+        let counted = self.tokenize(&attached, input, listing, false).await?;
         read_count(&counted).ok_or_else(|| EngineError::Failed { reason: "the server did not count the tokens".into() })
     }
 
@@ -402,6 +487,14 @@ fn forget(models: &Models, id: ModelId) -> Option<Arc<Attached>> {
 
 fn failed(error: &HttpError) -> EngineError {
     EngineError::Failed { reason: error.to_string() }
+}
+
+/// Returns a prompt for llama-server's tokenizer.
+fn llama_prompt(content: Value, listing: TokenListing, with_pieces: bool) -> Value {
+    let TokenListing { add_special, parse_special } = listing;
+    json!({
+        "content": content, "add_special": add_special, "parse_special": parse_special, "with_pieces": with_pieces,
+    })
 }
 
 /// Parses the response to `POST /tokenize`.

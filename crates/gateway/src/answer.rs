@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use failpoints::failpoint;
 use futures_util::FutureExt as _;
-use protocol::infer::{Degraded, Embedding, FinishReason, Input, Origin, TokenLogprob, ToolCallDelta};
+use protocol::infer::{Degraded, Embedding, FinishReason, Input, ListedToken, Origin, TokenLogprob, ToolCallDelta};
 use protocol::model::{ModelEntry, ModelKey};
 use protocol::quota::QuotaState;
 use protocol::usage::TokenUsage;
@@ -91,6 +91,8 @@ pub struct Content {
     pub embeddings: Vec<Embedding>,
     /// The number of prompt tokens, if the job only counts them.
     pub input_tokens: Option<u32>,
+    /// The prompt tokens, if the job lists them.
+    pub listed_tokens: Vec<ListedToken>,
     /// Why this answer ended; set in its last piece.
     pub finish_reason: Option<FinishReason>,
     /// The stop sequence that ended this answer, in the same piece.

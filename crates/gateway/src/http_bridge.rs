@@ -21,11 +21,13 @@ mod ollama_port;
 mod openapi;
 mod repeats;
 mod request_body;
+mod rerank;
 mod reset_limit;
 mod responses;
 mod router;
 mod timeouts;
 mod tls;
+mod tokens;
 mod turn_away;
 
 use std::net::SocketAddr;

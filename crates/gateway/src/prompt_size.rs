@@ -37,7 +37,9 @@ fn tokens_min(input: &Input) -> (usize, &'static str) {
         let of_message = |message: &Message| of_text(&message.content);
         (messages.iter().map(of_message).sum(), "messages")
     } else if let Some(texts) = &input.embed {
-        (texts.iter().map(of_embed).max().unwrap_or_default(), "input")
+        let query = input.query.as_deref().map(of_text);
+        let param = if query.is_some() { "documents" } else { "input" };
+        (texts.iter().map(of_embed).max().unwrap_or_default() + query.unwrap_or_default(), param)
     } else if let Some(prompts) = &input.prompts {
         (prompts.iter().map(of_embed).max().unwrap_or_default(), "prompt")
     } else {

@@ -28,6 +28,16 @@ pub struct TokenLogprob {
     pub top: Vec<TokenLogprob>,
 }
 
+/// A token of a prompt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ListedToken {
+    /// Id of the token in the model's vocabulary.
+    pub id: u32,
+    /// Bytes of the token, which may end within a character. Empty if only the id is known.
+    pub bytes: Vec<u8>,
+}
+
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]

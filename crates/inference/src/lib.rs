@@ -15,12 +15,12 @@ pub mod sampling;
 pub mod tool;
 pub mod usage;
 
-pub use answer::{FinishReason, Progress, TokenLogprob};
+pub use answer::{FinishReason, ListedToken, Progress, TokenLogprob};
 pub use constraint::OutputFormat;
 pub use limits::*;
 pub use message::{Message, Role};
 pub use name::AdapterName;
-pub use request::{EmbedInput, Input};
+pub use request::{EmbedInput, Input, TokenListing};
 pub use sampling::{LeftToModel, Sampling, SamplingDefaults};
 pub use tool::{Tool, ToolCall, ToolCallDelta, ToolChoice};
 pub use usage::TokenUsage;

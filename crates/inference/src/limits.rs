@@ -24,6 +24,8 @@ pub const TOOLS_MAX: usize = 128;
 pub const LOGIT_BIAS_MAX: usize = 1_024;
 /// The maximum number of texts to embed in a request. OpenAI has the same limit.
 pub const EMBED_MAX: usize = 2_048;
+/// The maximum length of a query in bytes. It is evaluated once for each text.
+pub const QUERY_BYTES_MAX: usize = 64 * 1024;
 /// The maximum size in bytes of an output format, of all tools together, and of the chat template's variables. The
 /// engine processes them before a job begins.
 pub const SCHEMA_BYTES_MAX: usize = 256 * 1024;
@@ -81,6 +83,13 @@ impl Input {
             ensure(!texts.iter().any(EmbedInput::is_empty), "embed", "must not have empty texts")?;
             ensure(!self.count_only, "countOnly", "is for prompts, and not for texts to make vectors of")?;
         }
+        if let Some(query) = &self.query {
+            let are_texts = embed.iter().flatten().all(|text| matches!(text, EmbedInput::Text(_)));
+            ensure(embed.is_some() && are_texts, "query", "is for texts of embed")?;
+            ensure((1..=QUERY_BYTES_MAX).contains(&query.len()), "query", "must have 1 byte to 64 KiB")?;
+            ensure(self.dimensions.is_none(), "dimensions", "is for vectors, and a query asks for scores")?;
+        }
+        ensure(self.count_only || self.list_tokens.is_none(), "listTokens", "is only allowed with countOnly")?;
         ensure(self.dimensions != Some(0), "dimensions", "must be at least 1")?;
         let last = messages.as_ref().and_then(|messages| messages.last());
         let is_begun = last.is_some_and(|last| last.role == Role::Assistant && !last.content.is_empty());

@@ -35,9 +35,16 @@ pub struct Input {
     /// Texts to embed, 1 to 2048.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embed: Option<Vec<EmbedInput>>,
+    /// Scores the texts of `embed` by their relevance to this query, instead of making vectors. Each score is a vector
+    /// of length 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub query: Option<String>,
     /// Returns the number of input tokens and generates nothing. Such a request costs nothing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub count_only: bool,
+    /// Lists the input tokens as well. Allowed with `countOnly` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub list_tokens: Option<TokenListing>,
     /// Required length of the vectors. A model whose vectors have another length rejects the request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dimensions: Option<u32>,
@@ -136,6 +143,16 @@ impl Input {
     pub fn answers_each(&self) -> u32 {
         self.n.unwrap_or(1)
     }
+}
+
+/// How the tokens of a text are listed. Both settings concern `prompt` only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenListing {
+    /// Whether to add the tokens that the tokenizer puts before a text, such as BOS.
+    pub add_special: bool,
+    /// Whether the text of a special token becomes that token.
+    pub parse_special: bool,
 }
 
 /// A text to continue or to embed, or its tokens.

@@ -23,6 +23,8 @@ const ALTERNATIVE_BYTES_MAX: u64 = 1_024;
 const VECTOR_BYTES_MAX: u64 = 512 * 1024;
 /// Bytes of everything else, such as progress.
 const OTHER_BYTES_MAX: u64 = 1 << 20;
+/// Bytes of a listed token on the wire, for each byte of the request.
+const LISTED_BYTES_MAX: u64 = 64;
 /// Bytes of text for which a chunk without token ids counts as one token.
 pub(crate) const BYTES_PER_TOKEN: usize = 4;
 
@@ -54,8 +56,11 @@ impl Bounds {
         let context = if context_length == 0 { TOKENS_MAX } else { context_length.min(TOKENS_MAX) };
         let request_bytes = u32::try_from(request_bytes).unwrap_or(u32::MAX);
         let added = if input.messages.is_some() { TEMPLATE_TOKENS_MAX } else { SPECIAL_TOKENS_MAX };
+        // A query is evaluated once for each text.
+        let query =
+            input.query.as_ref().map_or(0, String::len).saturating_mul(input.embed.as_ref().map_or(0, Vec::len));
         // A token has at least one byte.
-        let from_text = request_bytes.saturating_add(added);
+        let from_text = request_bytes.saturating_add(added).saturating_add(u32::try_from(query).unwrap_or(u32::MAX));
         let prompts = input.prompts.as_ref().map_or(1, Vec::len).max(input.embed.as_ref().map_or(1, Vec::len)) as u32;
         let prompt_tokens = from_text.min(context.saturating_mul(prompts));
         let completion_tokens = if input.embed.is_some() || input.count_only {
@@ -69,7 +74,9 @@ impl Bounds {
         let per_token = TOKEN_BYTES_MAX + alternatives * ALTERNATIVE_BYTES_MAX;
         let vectors = input.embed.as_ref().map_or(0, Vec::len) as u64;
         let bytes = (u64::from(completion_tokens) + u64::from(echoed)).saturating_mul(per_token);
-        let bytes = bytes.saturating_add(vectors * VECTOR_BYTES_MAX).saturating_add(OTHER_BYTES_MAX);
+        let listed = if input.list_tokens.is_some() { u64::from(from_text) * LISTED_BYTES_MAX } else { 0 };
+        let bytes = bytes.saturating_add(vectors * VECTOR_BYTES_MAX).saturating_add(listed);
+        let bytes = bytes.saturating_add(OTHER_BYTES_MAX);
         let sequence_tokens = u64::from(from_text) + u64::from(max_tokens.unwrap_or(0));
         let has_echo = input.echo;
         Self { prompt_tokens, completion_tokens, answer_tokens, bytes, sequence_tokens, context_length, has_echo }
@@ -213,6 +220,24 @@ mod tests {
 
     fn tokens(tokens: usize) -> Content {
         Content { tokens, ..Content::default() }
+    }
+
+    #[test]
+    fn a_query_counts_once_for_each_text_and_listed_tokens_have_room() {
+        let texts = |count: usize| Some(vec![text(); count]);
+        let of = |input: &Input| Bounds::limited(input, None, 1_000, 0);
+        let vectors = of(&Input { embed: texts(3), ..Input::default() });
+        let scores = of(&Input { embed: texts(3), query: Some("x".repeat(100)), ..Input::default() });
+        assert_eq!(scores.prompt_tokens - vectors.prompt_tokens, 300);
+        let counted = Input { prompt: Some("x".into()), count_only: true, ..Input::default() };
+        let listing = protocol::infer::TokenListing { add_special: true, parse_special: true };
+        let listed = Input { list_tokens: Some(listing), ..counted.clone() };
+        assert_eq!(of(&counted).bytes, OTHER_BYTES_MAX);
+        assert!(of(&listed).bytes > OTHER_BYTES_MAX + 64 * 1_000 && of(&listed).completion_tokens == 0);
+    }
+
+    fn text() -> protocol::infer::EmbedInput {
+        protocol::infer::EmbedInput::Text("a".into())
     }
 
     #[test]

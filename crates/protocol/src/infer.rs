@@ -16,9 +16,9 @@ use crate::quota::QuotaState;
 use crate::usage::TokenUsage;
 
 pub use inference::{
-    ANSWERS_MAX, EMBED_MAX, EmbedInput, FinishReason, Input, InvalidInput, LOGIT_BIAS_MAX, LOGPROBS_MAX, Message,
-    N_MAX, OutputFormat, Progress, Role, SCHEMA_BYTES_MAX, SCHEMA_DEPTH_MAX, STOP_BYTES_MAX, STOP_MAX, TOOLS_MAX,
-    TokenLogprob, Tool, ToolCall, ToolCallDelta, ToolChoice,
+    ANSWERS_MAX, EMBED_MAX, EmbedInput, FinishReason, Input, InvalidInput, LOGIT_BIAS_MAX, LOGPROBS_MAX, ListedToken,
+    Message, N_MAX, OutputFormat, Progress, QUERY_BYTES_MAX, Role, SCHEMA_BYTES_MAX, SCHEMA_DEPTH_MAX, STOP_BYTES_MAX,
+    STOP_MAX, TOOLS_MAX, TokenListing, TokenLogprob, Tool, ToolCall, ToolCallDelta, ToolChoice,
 };
 
 /// The name of the stream that sends a job to an orchestrator, or from a client to a gateway. A gateway also serves it
@@ -338,12 +338,15 @@ pub struct Payload {
     /// Log-probability of each token, if requested.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<TokenLogprob>,
-    /// Vectors, if they were requested.
+    /// Vectors, if they were requested; a score is a vector of length 1.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub embeddings: Vec<Embedding>,
     /// Number of input tokens, if only that was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub input_tokens: Option<u32>,
+    /// Input tokens, if their list was requested.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub listed_tokens: Vec<ListedToken>,
     /// Index of the answer that this belongs to, from 0.
     #[serde(skip_serializing_if = "is_zero")]
     pub index: u32,

@@ -3,17 +3,19 @@
 mod choices;
 mod chunk_writer;
 mod plan;
+mod ranking;
 mod translation;
 
 use std::fmt;
 use std::sync::Arc;
 
 use engine::{
-    AdapterId, Embeddings, EngineError, Event, GenerateRequest, LoadedModel, ModelId, ModelRuntime, unsupported,
+    AdapterId, Embeddings, EngineError, Event, GenerateRequest, ListedToken, LoadedModel, ModelId, ModelRuntime,
+    Ranking, Scores, unsupported,
 };
 use failpoints::failpoint;
 use futures_util::FutureExt as _;
-use protocol::infer::{EmbedInput, InferChunk, InferRequest};
+use protocol::infer::{EmbedInput, InferChunk, InferRequest, Input};
 use protocol::{ErrorCode, WireError};
 use rpc::ResponseSink;
 use tokio_util::sync::CancellationToken;
@@ -25,7 +27,8 @@ use crate::model_loader::{LoadError, LoadFailed, ModelLoader};
 use choices::Choices;
 use chunk_writer::ChunkWriter;
 use plan::Plan;
-use translation::{embed_request, generate_request, prompt, prompts, wire_error};
+use ranking::{by_cosine, check_count};
+use translation::{embed_request, generate_request, prompt, prompts, rerank_request, wire_error};
 
 pub(crate) use chunk_writer::{empty_chunk, finish, pulse, send_progress};
 
@@ -54,6 +57,8 @@ enum Work {
     Vectors(Embeddings),
     /// The number of the prompt's tokens.
     Count(u32),
+    /// The prompt's tokens.
+    Listed(Vec<ListedToken>),
 }
 
 /// Why a job has not begun.
@@ -128,13 +133,15 @@ impl ExecutionEngine {
     ) -> Result<(Work, Option<AdapterGuard>), NotBegun> {
         let model = loaded.id;
         if request.input.count_only {
-            let counted = self.runtime.count_tokens(model, &prompt(&request.input)).await?;
-            return Ok((Work::Count(counted), None));
+            return Ok((self.count(model, &request.input).await?, None));
         }
         let (adapter, guard) = self.attach(entry, model, request).await?.unzip();
         let work = match &request.input.embed {
             Some(_) if request.input.adapter.is_some() => {
                 return Err(unsupported("adapter", "vectors are made by the model alone").into());
+            }
+            Some(texts) if request.input.query.is_some() => {
+                Work::Vectors(self.rerank(loaded, &request.input, texts).await?)
             }
             Some(inputs) => Work::Vectors(self.embed(loaded, inputs, request.input.dimensions).await?),
             None => Work::Choices(Box::new(self.generate(loaded, adapter, request).await?)),
@@ -186,6 +193,36 @@ impl ExecutionEngine {
         Choices::begin(self.runtime.clone(), generate, prompts(&request.input), plan, loaded.slots).await
     }
 
+    async fn count(&self, model: ModelId, input: &Input) -> Result<Work, EngineError> {
+        let prompt = prompt(input);
+        match input.list_tokens {
+            Some(listing) => self.runtime.list_tokens(model, &prompt, listing).await.map(Work::Listed),
+            None => self.runtime.count_tokens(model, &prompt).await.map(Work::Count),
+        }
+    }
+
+    /// Scores texts by their relevance to the job's query. Each score is a vector of length 1.
+    async fn rerank(
+        &self,
+        loaded: &LoadedModel,
+        input: &Input,
+        texts: &[EmbedInput],
+    ) -> Result<Embeddings, EngineError> {
+        let request = rerank_request(loaded.id, input, texts);
+        match loaded.abilities.ranking {
+            Ranking::Scores => {
+                let Scores { scores, prompt_tokens } = self.runtime.rerank(request).await?;
+                check_count(scores.len(), texts.len())?;
+                Ok(Embeddings { vectors: scores.into_iter().map(|score| vec![score]).collect(), prompt_tokens })
+            }
+            Ranking::Vectors => {
+                let inputs = [texts, &[EmbedInput::Text(request.query)]].concat();
+                Ok(by_cosine(self.embed(loaded, &inputs, None).await?))
+            }
+            Ranking::None => Err(unsupported("model", "it does not rank texts; use a reranker or an embedding model")),
+        }
+    }
+
     async fn embed(
         &self,
         loaded: &LoadedModel,
@@ -197,10 +234,7 @@ impl ExecutionEngine {
         check_length(dimensions, known)?;
         let embeddings = self.runtime.embed(embed_request(loaded.id, inputs)).await?;
         check_length(dimensions, embeddings.vectors.first().map(Vec::len))?;
-        if embeddings.vectors.len() != inputs.len() {
-            let reason = format!("{} vectors of {} texts", embeddings.vectors.len(), inputs.len());
-            return Err(EngineError::Failed { reason });
-        }
+        check_count(embeddings.vectors.len(), inputs.len())?;
         Ok(embeddings)
     }
 
@@ -222,6 +256,10 @@ impl ExecutionEngine {
                 entry.forgive();
                 has_begun.cancel();
                 return ChunkWriter::new(request, &Plan::of(request)).send_vectors(embeddings, reply).await;
+            }
+            Work::Listed(tokens) => {
+                has_begun.cancel();
+                return ChunkWriter::new(request, &Plan::of(request)).send_listed(tokens, reply).await;
             }
             Work::Count(tokens) => return Ok(ChunkWriter::new(request, &Plan::of(request)).count(tokens)),
         };

@@ -74,7 +74,8 @@ impl Demand {
         let texts = input.embed.iter().chain(&input.prompts).flatten().map(of_embed);
         let prompt = input.prompt.as_deref().map(of_text).into_iter();
         let tokens = input.prompt_tokens.as_ref().map(Vec::len).into_iter();
-        let prompt: usize = messages.chain(texts).chain(prompt).chain(tokens).sum();
+        let query = input.query.as_deref().map_or(0, of_text).saturating_mul(input.embed.as_ref().map_or(0, Vec::len));
+        let prompt: usize = messages.chain(texts).chain(prompt).chain(tokens).chain([query]).sum();
         let longest = if context_length == 0 { ANSWER_TOKENS } else { context_length };
         let has_answer = input.embed.is_none() && !input.count_only;
         let answer = if has_answer { input.max_tokens.unwrap_or(longest).min(longest) } else { 0 };

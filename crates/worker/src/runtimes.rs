@@ -6,8 +6,9 @@ use async_trait::async_trait;
 use engine::hardware::Hardware;
 use engine::remote::{self, RemoteRuntime};
 use engine::{
-    AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
-    LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
+    AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, ListedToken, LoadOptions,
+    LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RerankRequest,
+    RuntimeInfo, Scores, TokenListing, VerifiedArtifact,
 };
 
 /// Forwards each call to the runtime that has the model. Artifacts are loaded by the engines.
@@ -63,6 +64,19 @@ impl ModelRuntime for Runtimes {
 
     async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
         self.of(request.model).embed(request).await
+    }
+
+    async fn rerank(&self, request: RerankRequest) -> Result<Scores, EngineError> {
+        self.of(request.model).rerank(request).await
+    }
+
+    async fn list_tokens(
+        &self,
+        model: ModelId,
+        input: &PromptInput,
+        listing: TokenListing,
+    ) -> Result<Vec<ListedToken>, EngineError> {
+        self.of(model).list_tokens(model, input, listing).await
     }
 
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {

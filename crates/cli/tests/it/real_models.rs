@@ -48,6 +48,28 @@ fn memory_of(pid: u32) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_listed_and_a_model_that_cannot_rank_says_so() {
+    let home = Home::new();
+    let up = home.up_with(&["--workers", "1"], &[]);
+    let text = json!({ "model": "tether-tiny", "content": "3 + 4 = 7" });
+    let (status, body) = post(&up, "/tokenize", &text).await;
+    let tokens = parsed(&body)["tokens"].clone();
+    assert_eq!((status, &parsed(&body)["count"]), (200, &json!(tokens.as_array().map(Vec::len))), "{body}");
+    let (status, body) = post(&up, "/detokenize", &json!({ "model": "tether-tiny", "tokens": tokens })).await;
+    assert_eq!((status, &parsed(&body)["content"]), (200, &json!("3 + 4 = 7")), "{body}");
+    let chat = json!({ "model": "tether-tiny", "messages": [{ "role": "user", "content": "Hello" }] });
+    let ((_, listed), (_, counted)) =
+        (post(&up, "/tokenize", &chat).await, post(&up, "/v1/chat/completions/input_tokens", &chat).await);
+    assert_eq!(parsed(&listed)["count"], parsed(&counted)["input_tokens"]);
+    let rank = json!({ "model": "tether-tiny", "query": "pears", "documents": ["a pear", "a stone"] });
+    let (status, body) = post(&up, "/v1/rerank", &rank).await;
+    let error = parsed(&body)["error"].clone();
+    assert_eq!((status, &error["code"], &error["param"]), (400, &json!("unsupported_parameter"), &json!("model")));
+    assert!(error["message"].as_str().is_some_and(|message| message.contains("reranker")), "{body}");
+    assert_eq!(up.end(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_endpoint_answers_for_real_models() {
     let home = Home::new();
     let (smol, gemma) = (file("smollm2"), file("gemma3"));

@@ -23,7 +23,7 @@ use sizes::{Reading, Sizes, TEXTS_MAX, sizes};
 pub(super) struct EmbedJob {
     /// Its tokens: at least one, and no more than fit the context.
     pub(super) tokens: Vec<Token>,
-    /// Receives the embedding vector, which has length 1.
+    /// Receives the embedding vector, which is normalised, or a reranker's score as a vector of one number.
     pub(super) made: oneshot::Sender<Result<Vec<f32>, EngineError>>,
     pub(super) admitted: Arc<OwnedSemaphorePermit>,
 }
@@ -84,7 +84,12 @@ impl Embedder {
             context_length: options.shape.context_length,
             // Models that were not made for embeddings have no pooling of their own; the mean works best for them.
             pooling: trial.pooling().unwrap_or(Pooling::Mean),
-            reading: if trial.is_causal() { Reading::Pieces } else { Reading::Whole },
+            // llama.cpp applies a reranker's classifier, to whole texts only.
+            reading: if trial.is_causal() && trial.pooling() != Some(Pooling::Rank) {
+                Reading::Pieces
+            } else {
+                Reading::Whole
+            },
             context: None,
             batch: Batch::default(),
             open: Vec::new(),
@@ -187,6 +192,7 @@ impl Embedder {
             let made = match self.reading {
                 Reading::Pieces => normalised(&open.pooled),
                 Reading::Whole => match context.pooled(open.sequence) {
+                    Some(outputs) if self.pooling == Pooling::Rank => score(outputs).map(|score| vec![score]),
                     Some(vector) => normalised(&vector.iter().copied().map(f64::from).collect::<Vec<_>>()),
                     None => Err(EngineError::Failed { reason: "the model made no vector".into() }),
                 },
@@ -236,12 +242,24 @@ fn pool(context: &Context, pooling: Pooling, open: &mut [Open], rows: &[usize]) 
         for (sum, number) in pooled.iter_mut().zip(vector) {
             match pooling {
                 // The vector is normalised at the end, so a sum is as good as a mean.
-                Pooling::Mean | Pooling::OfModel | Pooling::Tokens => *sum += f64::from(*number),
+                Pooling::Mean | Pooling::OfModel | Pooling::Tokens | Pooling::Rank => *sum += f64::from(*number),
                 Pooling::First => {}
                 Pooling::Last => *sum = f64::from(*number),
             }
         }
     }
+}
+
+/// Returns a reranker's score from the outputs of its classifier. A single output is a logit; of several, the first is
+/// the probability that the text is relevant.
+fn score(outputs: &[f32]) -> Result<f32, EngineError> {
+    let score = match outputs {
+        [logit] => 1.0 / (1.0 + (-logit).exp()),
+        [probability, ..] => *probability,
+        [] => f32::NAN,
+    };
+    let failed = || EngineError::Failed { reason: "the model made a score that is no number".into() };
+    score.is_finite().then_some(score).ok_or_else(failed)
 }
 
 /// Returns a vector with the same direction and length 1.
@@ -308,6 +326,15 @@ mod tests {
         let likeness: f32 =
             vector.iter().zip(&whole.expect("it has a direction")).map(|(one, other)| one * other).sum();
         assert!(likeness > 0.9999, "{likeness}");
+    }
+
+    #[test]
+    fn a_logit_becomes_a_score_between_zero_and_one_and_a_probability_stays() {
+        assert_eq!((score(&[0.0]), score(&[0.25, 0.75])), (Ok(0.5), Ok(0.25)));
+        assert!(score(&[-9.0]).is_ok_and(|score| score > 0.0 && score < 0.001));
+        for bad in [&[][..], &[f32::NAN], &[f32::INFINITY, 0.0]] {
+            assert!(score(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

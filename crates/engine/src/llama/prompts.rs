@@ -9,7 +9,12 @@ use super::special_tokens::{self, Marks, Piece, SpecialTokens};
 use crate::answer_parser::{AnswerFormat, AnswerParser};
 use crate::chat_template::{self, ChatTemplate, ChatTemplateError};
 use crate::gguf::{Header, Value};
-use crate::model_runtime::{Chat, EngineError, OutputFormat, PromptInput, ToolChoice, unsupported};
+use crate::model_runtime::{
+    Chat, EngineError, ListedToken, OutputFormat, PromptInput, TokenListing, ToolChoice, check_listed, unsupported,
+};
+
+/// The key of a reranker's template in a model file.
+const PAIR_TEMPLATE: &str = "tokenizer.chat_template.rerank";
 
 /// Renders and tokenises the prompts of one model.
 #[derive(Debug)]
@@ -19,6 +24,8 @@ pub(super) struct Prompts {
     answers: AnswerFormat,
     bos_token: Option<String>,
     longest_token_bytes: usize,
+    /// How a reranker reads a query and a text, if its file says so.
+    pair_template: Option<String>,
     /// Read from the vocabulary on the first conversation, because the vocabulary is loaded with the weights.
     special_tokens: OnceLock<SpecialTokens>,
 }
@@ -42,7 +49,14 @@ impl Prompts {
         let longest_token_bytes = longest_token_bytes.unwrap_or(0).max(1);
         let sources = [header.chat_template(), header.text(chat_template::TOOL_USE)];
         let answers = AnswerFormat::detect(&sources.into_iter().flatten().collect::<String>());
-        Self { template, answers, bos_token: header.bos_token(), longest_token_bytes, special_tokens: OnceLock::new() }
+        Self {
+            template,
+            answers,
+            bos_token: header.bos_token(),
+            longest_token_bytes,
+            pair_template: header.text(PAIR_TEMPLATE).map(str::to_owned),
+            special_tokens: OnceLock::new(),
+        }
     }
 
     /// Returns whether the model accepts conversations.
@@ -180,6 +194,73 @@ impl Prompts {
         Ok(tokens)
     }
 
+    /// Tokenises a query and a text for a reranker. Special tokens in the two are treated as plain text.
+    pub(super) fn pair(
+        &self,
+        model: &Model,
+        query: &str,
+        text: &str,
+        tokens_max: u32,
+    ) -> Result<Vec<Token>, EngineError> {
+        let vocabulary = model.vocabulary();
+        for given in [query, text] {
+            self.check_length(given, tokens_max)?;
+        }
+        let mut tokens = Vec::new();
+        match &self.pair_template {
+            Some(template) => {
+                for part in pair_parts(template) {
+                    match part {
+                        PairPart::Template(part) => vocabulary.tokenize(part.as_bytes(), false, true, &mut tokens),
+                        PairPart::Query => vocabulary.tokenize(query.as_bytes(), false, false, &mut tokens),
+                        PairPart::Text => vocabulary.tokenize(text.as_bytes(), false, false, &mut tokens),
+                    }
+                }
+            }
+            None => {
+                let end = vocabulary.end_of_sequence().or_else(|| vocabulary.separator());
+                let end = end.filter(|_| vocabulary.adds_end());
+                tokens.extend(vocabulary.begin());
+                vocabulary.tokenize(query.as_bytes(), false, false, &mut tokens);
+                tokens.extend(end);
+                tokens.extend(vocabulary.separator().filter(|_| vocabulary.adds_separator()));
+                vocabulary.tokenize(text.as_bytes(), false, false, &mut tokens);
+                tokens.extend(end);
+            }
+        }
+        if tokens.is_empty() || tokens.len() > tokens_max as usize {
+            let prompt_tokens = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+            return Err(EngineError::ContextLength { prompt_tokens, context_length: tokens_max });
+        }
+        Ok(tokens)
+    }
+
+    /// Lists the tokens of an input.
+    pub(super) fn list(
+        &self,
+        model: &Model,
+        input: &PromptInput,
+        listing: TokenListing,
+    ) -> Result<Vec<ListedToken>, EngineError> {
+        let vocabulary = model.vocabulary();
+        let TokenListing { add_special, parse_special } = listing;
+        let tokens = match input {
+            PromptInput::Text(text) => {
+                check_listed(0, text.len())?;
+                let text = if add_special { self.without_begin(vocabulary, text) } else { text };
+                let mut tokens = Vec::new();
+                tokenize(vocabulary, text, add_special, parse_special, &mut tokens);
+                tokens
+            }
+            input => self.prompt(model, input, u32::MAX)?.tokens,
+        };
+        check_listed(tokens.len(), 0)?;
+        let listed = |token: Token| ListedToken { id: token.unsigned_abs(), bytes: vocabulary.piece(token, true) };
+        let listed: Vec<_> = tokens.into_iter().map(listed).collect();
+        check_listed(0, listed.iter().map(|token| token.bytes.len()).sum())?;
+        Ok(listed)
+    }
+
     /// Tokenises a predicted answer, up to the answer's limit. The rest of a longer text is ignored.
     pub(super) fn prediction(&self, model: &Model, input: &PromptInput, limit: u32) -> Result<Vec<Token>, EngineError> {
         let mut tokens = match input {
@@ -230,6 +311,32 @@ impl Prompts {
         }
         tokens
     }
+}
+
+/// A part of a reranker's template.
+#[derive(Debug, PartialEq, Eq)]
+enum PairPart<'a> {
+    Template(&'a str),
+    Query,
+    Text,
+}
+
+/// Splits a reranker's template at its two placeholders.
+fn pair_parts(template: &str) -> Vec<PairPart<'_>> {
+    let mut parts = vec![];
+    for (index, part) in template.split("{query}").enumerate() {
+        if index > 0 {
+            parts.push(PairPart::Query);
+        }
+        for (index, part) in part.split("{document}").enumerate() {
+            if index > 0 {
+                parts.push(PairPart::Text);
+            }
+            parts.push(PairPart::Template(part));
+        }
+    }
+    parts.retain(|part| *part != PairPart::Template(""));
+    parts
 }
 
 /// Rejects a prompt that leaves no space for an answer.
@@ -284,6 +391,14 @@ mod tests {
     use crate::model_runtime::{Message, Role};
 
     const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny.gguf");
+
+    #[test]
+    fn a_pairs_template_is_split_at_its_placeholders() {
+        use PairPart::{Query, Template, Text};
+        let parts = pair_parts("<q>{query}\n<d>{document}</d>{query}");
+        assert_eq!(parts, [Template("<q>"), Query, Template("\n<d>"), Text, Template("</d>"), Query]);
+        assert_eq!(pair_parts("{document}{query}"), [Text, Query]);
+    }
 
     #[test]
     fn only_the_template_writes_special_tokens() {

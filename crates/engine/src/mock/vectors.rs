@@ -1,4 +1,4 @@
-//! Mock embedding vectors: meaningless, but equal for equal texts.
+//! Mock embedding vectors, which are meaningless but equal for equal texts, and scores, which count equal words.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
@@ -24,4 +24,11 @@ pub(super) fn vector(input: &PromptInput) -> Result<Vec<f32>, EngineError> {
     let numbers: Vec<f32> = (0..MockRuntime::EMBEDDING_LENGTH).map(number).collect();
     let length = numbers.iter().map(|number| number * number).sum::<f32>().sqrt();
     Ok(numbers.into_iter().map(|number| number / length).collect())
+}
+
+/// Returns the share of a query's words that a text has.
+pub(super) fn relevance(query: &str, text: &str) -> f32 {
+    let words: Vec<&str> = query.split_whitespace().collect();
+    let found = words.iter().filter(|word| text.split_whitespace().any(|other| other == **word)).count();
+    found as f32 / words.len().max(1) as f32
 }

@@ -147,6 +147,23 @@ impl GenerateRequest {
     }
 }
 
+/// Texts to score by their relevance to a query.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RerankRequest {
+    pub model: ModelId,
+    pub query: String,
+    pub texts: Vec<String>,
+}
+
+/// The relevance of texts to a query: the higher the score, the more relevant.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Scores {
+    /// In the order of the texts.
+    pub scores: Vec<f32>,
+    /// Tokens of all pairs of the query and a text.
+    pub prompt_tokens: u32,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EmbedRequest {
     pub model: ModelId,

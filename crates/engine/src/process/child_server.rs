@@ -26,7 +26,7 @@ use super::{CREDIT, handover, host_memory, memory_limit, preflight, resource_lim
 use crate::hardware::{self, Device, Hardware};
 use crate::model_runtime::{
     EmbedRequest, EngineError, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, ModelRuntime, ProgressSink,
-    VerifiedArtifact,
+    RerankRequest, VerifiedArtifact,
 };
 use crate::own_process;
 
@@ -407,9 +407,20 @@ impl<R: ModelRuntime> Server<R> {
         match query {
             Query::CountTokens(input) => self.runtime.count_tokens(model, &input).await.map(Reply::Tokens),
             Query::RemoveAdapter(adapter) => self.runtime.remove_adapter(model, adapter).await.map(|()| Reply::Removed),
+            Query::ListTokens { input, listing } => {
+                self.runtime.list_tokens(model, &input, listing).await.map(Reply::Listed)
+            }
+            // JSON has no numbers that are not finite, so they are errors here and below.
+            Query::Rerank { query, texts } => {
+                let scores = self.runtime.rerank(RerankRequest { model, query, texts }).await?;
+                if scores.scores.iter().all(|score| score.is_finite()) {
+                    Ok(Reply::Scores(scores))
+                } else {
+                    Err(EngineError::Failed { reason: "the model made a score that is not finite".into() })
+                }
+            }
             Query::Embed(inputs) => {
                 let embeddings = self.runtime.embed(EmbedRequest { model, inputs }).await?;
-                // JSON has no numbers that are not finite.
                 if embeddings.vectors.iter().flatten().all(|number| number.is_finite()) {
                     Ok(Reply::Vectors(embeddings))
                 } else {

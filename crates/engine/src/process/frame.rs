@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::hardware::Hardware;
 use crate::model_runtime::{
-    AdapterId, Embeddings, EngineError, Event, GenerateRequest, LoadOptions, LoadSnapshot, LoadedModel, PromptInput,
-    RuntimeInfo,
+    AdapterId, Embeddings, EngineError, Event, GenerateRequest, ListedToken, LoadOptions, LoadSnapshot, LoadedModel,
+    PromptInput, RuntimeInfo, Scores, TokenListing,
 };
 
 /// The maximum length of a frame, without its length field.
@@ -73,7 +73,15 @@ pub struct FileInfo {
 pub enum Query {
     /// Counts the tokens of an input.
     CountTokens(PromptInput),
+    ListTokens {
+        input: PromptInput,
+        listing: TokenListing,
+    },
     Embed(Vec<PromptInput>),
+    Rerank {
+        query: String,
+        texts: Vec<String>,
+    },
     RemoveAdapter(AdapterId),
 }
 
@@ -83,7 +91,9 @@ pub enum Query {
 pub enum Reply {
     /// The number of tokens in the input.
     Tokens(u32),
+    Listed(Vec<ListedToken>),
     Vectors(Embeddings),
+    Scores(Scores),
     /// The id of the new adapter.
     Adapter(AdapterId),
     /// The adapter is freed.

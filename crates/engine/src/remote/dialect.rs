@@ -6,6 +6,13 @@ use serde_json::Value;
 use crate::model_facts::ModelFacts;
 pub use crate::model_runtime::Dialect;
 
+impl Dialect {
+    /// Returns whether servers of this dialect may have rerankers.
+    pub(super) fn may_rerank(self) -> bool {
+        !matches!(self, Self::Ollama | Self::LmStudio)
+    }
+}
+
 /// A model as listed by a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {

@@ -38,10 +38,14 @@ mod quantized_model;
 mod random_model;
 #[cfg(feature = "remote")]
 mod remote;
+#[cfg(feature = "llama")]
+mod reranking;
 #[cfg(all(feature = "llama", target_os = "linux"))]
 mod sandbox;
 #[cfg(target_os = "linux")]
 mod server_sandbox;
+#[cfg(feature = "llama")]
+mod token_lists;
 
 use std::fs::File;
 use std::io::Write;

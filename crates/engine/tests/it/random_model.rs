@@ -40,6 +40,8 @@ pub(crate) enum Family {
     Recurrent,
     /// Every second layer has a state and the others see all positions, as in LFM2.
     Hybrid,
+    /// Every layer sees all positions, and a classifier scores pairs of texts.
+    Ranking,
 }
 
 /// How the matrices are written.
@@ -61,6 +63,7 @@ pub(crate) fn random_model(family: Family, weights: Weights, seed: u64) -> Verif
         Family::Chunked => chunked(&mut writer),
         Family::Recurrent => recurrent(&mut writer),
         Family::Hybrid => hybrid(&mut writer),
+        Family::Ranking => ranking(&mut writer),
     }
     artifact_of(&writer.file())
 }
@@ -73,6 +76,21 @@ fn transformer(writer: &mut Writer, architecture: &str) {
         writer.attention(layer);
         writer.feed_forward(layer);
     }
+}
+
+fn ranking(writer: &mut Writer) {
+    writer.number("qwen3.attention.key_length", HEAD_WIDTH);
+    writer.number("qwen3.attention.value_length", HEAD_WIDTH);
+    writer.number("qwen3.pooling_type", 4);
+    writer.texts("qwen3.classifier.output_labels", &["yes".into(), "no".into()]);
+    writer.text("tokenizer.chat_template.rerank", "Q: {query}\nD: {document}<|end|>");
+    transformer(writer, "qwen3");
+    for layer in 0..LAYERS {
+        for name in ["attn_q_norm", "attn_k_norm"] {
+            writer.norm(&format!("blk.{layer}.{name}.weight"), HEAD_WIDTH);
+        }
+    }
+    writer.matrix("cls.output.weight", WIDTH, 2);
 }
 
 fn sliding(writer: &mut Writer) {

@@ -8,8 +8,9 @@ use serde_json::json;
 use tether_engine::remote::dialect::{Dialect, Kind};
 use tether_engine::remote::{RemoteRuntime, ServerAddress, Timeouts};
 use tether_engine::{
-    ContinuedText, EmbedRequest, EngineError, Event, FinishReason, GenerateRequest, LoadOptions, LoadedModel, Message,
-    ModelId, ModelRuntime, Piece, PromptInput, Role, ServerFacts, TokenUsage,
+    ContinuedText, EmbedRequest, EngineError, Event, FinishReason, GenerateRequest, ListedToken, LoadOptions,
+    LoadedModel, Message, ModelId, ModelRuntime, Piece, PromptInput, Ranking, RerankRequest, Role, Scores, ServerFacts,
+    TokenListing, TokenUsage,
 };
 use tokio::time::timeout;
 
@@ -201,6 +202,59 @@ async fn tokens_are_counted_where_the_server_can() {
     let chat = PromptInput::Chat(vec![Message::new(Role::User, "hi")].into());
     assert_eq!(runtime.count_tokens(id, &chat).await, Ok(7));
     assert_eq!(runtime.count_tokens(id, &PromptInput::Tokens(vec![1, 2])).await, Ok(2));
+}
+
+#[tokio::test]
+async fn tokens_and_their_text_are_those_of_the_server() {
+    let server = FakeServer::start(|path, body| match path {
+        "/v1/models" => Reply::Json(200, r#"{"object":"list","data":[{"id":"m","owned_by":"llamacpp"}]}"#.into()),
+        "/tokenize" if body["with_pieces"] == true && body["add_special"] == false => {
+            Reply::Json(200, r#"{"tokens":[{"id":7,"piece":"He"},{"id":8,"piece":[195]}]}"#.into())
+        }
+        "/detokenize" if body["tokens"] == json!([7, 9]) => Reply::Json(200, r#"{"content":"Hello"}"#.into()),
+        _ => Reply::Json(404, "{}".into()),
+    })
+    .await;
+    let runtime = RemoteRuntime::default();
+    let id = attach(&runtime, &server, "m").await.id;
+    let listing = TokenListing { add_special: false, parse_special: true };
+    let listed = |id, bytes: &[u8]| ListedToken { id, bytes: bytes.to_vec() };
+    let of_text = runtime.list_tokens(id, &PromptInput::Text("H".into()), listing).await;
+    assert_eq!(of_text, Ok(vec![listed(7, b"He"), listed(8, &[195])]));
+    let text = runtime.list_tokens(id, &PromptInput::Tokens(vec![7, 9]), listing).await;
+    assert_eq!(text, Ok(vec![listed(7, b"Hello"), listed(9, b"")]));
+}
+
+#[tokio::test]
+async fn rerankers_are_told_from_embedding_models_and_writers_by_what_they_answer() {
+    const SCORES: &str = r#"{"results":[{"index":0,"relevance_score":0.5}],"usage":{"total_tokens":4}}"#;
+    const VECTORS: &str = r#"{"data":[{"index":0,"embedding":[3.0,4.0]}]}"#;
+    for (owner, scores, vectors, ranking, writes) in [
+        // A llama-server with a reranker makes vectors too.
+        ("llamacpp", true, true, Ranking::Scores, false),
+        ("llamacpp", false, false, Ranking::None, true),
+        // vLLM ranks by the vectors of an embedding model.
+        ("vllm", true, true, Ranking::Vectors, false),
+        ("vllm", true, false, Ranking::Scores, false),
+        ("vllm", false, false, Ranking::None, true),
+    ] {
+        let server = FakeServer::start(move |path, _| match path {
+            "/v1/models" => Reply::Json(200, format!(r#"{{"data":[{{"id":"m","owned_by":"{owner}"}}]}}"#)),
+            "/v1/rerank" if scores => Reply::Json(200, SCORES.into()),
+            "/v1/embeddings" if vectors => Reply::Json(200, VECTORS.into()),
+            _ => Reply::Json(501, "{}".into()),
+        })
+        .await;
+        let runtime = RemoteRuntime::default();
+        let loaded = attach(&runtime, &server, "m").await;
+        assert_eq!((loaded.abilities.ranking, loaded.abilities.generate), (ranking, writes), "{owner}");
+        let request = RerankRequest { model: loaded.id, query: "q".into(), texts: vec!["a".into()] };
+        let scored = runtime.rerank(request).await;
+        assert_eq!(scored.is_ok(), ranking == Ranking::Scores, "{scored:?}");
+        if let Ok(scored) = scored {
+            assert_eq!(scored, Scores { scores: vec![0.5], prompt_tokens: 4 });
+        }
+    }
 }
 
 /// The question, of whose answer the caller has a text of seven tokens.

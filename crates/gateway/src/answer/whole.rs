@@ -1,7 +1,7 @@
 //! Collects the pieces of an answer for clients that do not stream.
 
 use protocol::gateway::Choice;
-use protocol::infer::{Embedding, FinishReason, ToolCall, ToolCallDelta};
+use protocol::infer::{Embedding, FinishReason, ListedToken, ToolCall, ToolCallDelta};
 use protocol::usage::TokenUsage;
 
 use super::{Expected, Piece};
@@ -14,6 +14,8 @@ pub(crate) struct Whole {
     pub(crate) embeddings: Vec<Embedding>,
     /// The number of prompt tokens, if the job only counts them.
     pub(crate) input_tokens: Option<u32>,
+    /// The prompt tokens, if the job lists them.
+    pub(crate) listed_tokens: Vec<ListedToken>,
     pub(crate) usage: TokenUsage,
 }
 
@@ -26,6 +28,7 @@ pub(super) struct Gathering {
     choices: Vec<OpenChoice>,
     embeddings: Vec<Embedding>,
     input_tokens: Option<u32>,
+    listed_tokens: Vec<ListedToken>,
     expected: Expected,
     usage: Option<TokenUsage>,
 }
@@ -43,7 +46,7 @@ struct OpenChoice {
 impl Gathering {
     pub(super) fn new(expected: Expected) -> Self {
         let choices = (0..expected.choices).map(|_| OpenChoice::default()).collect();
-        Self { bytes: 0, choices, embeddings: vec![], input_tokens: None, expected, usage: None }
+        Self { bytes: 0, choices, embeddings: vec![], input_tokens: None, listed_tokens: vec![], expected, usage: None }
     }
 
     /// Adds a piece. Returns what is wrong with it if it is invalid.
@@ -69,6 +72,7 @@ impl Gathering {
             self.embeddings.push(embedding);
         }
         self.input_tokens = content.input_tokens.or(self.input_tokens);
+        self.listed_tokens.extend(content.listed_tokens);
         self.usage = piece.end.map(|end| end.usage);
         Ok(())
     }
@@ -83,6 +87,7 @@ impl Gathering {
             choices: choices.ok_or("an answer has no end")?,
             embeddings: self.embeddings,
             input_tokens: self.input_tokens,
+            listed_tokens: self.listed_tokens,
             usage: self.usage.ok_or("the answer has no end")?,
         })
     }

@@ -18,7 +18,7 @@ use utoipa_axum::routes;
 use super::extract::{Bridge, Inquiry, context};
 use super::{
     GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, messages, models, ollama,
-    openapi, responses,
+    openapi, rerank, responses, tokens,
 };
 
 /// The response headers that pages of other origins may read.
@@ -66,6 +66,13 @@ fn routes() -> OpenApiRouter<Bridge> {
         .routes(routes!(input_tokens::count))
         .routes(routes!(completions::create))
         .routes(routes!(embeddings::create))
+        .routes(routes!(rerank::create))
+        .routes(routes!(rerank::second))
+        .routes(routes!(rerank::bare))
+        .routes(routes!(tokens::tokenize))
+        .routes(routes!(tokens::tokenize_v1))
+        .routes(routes!(tokens::detokenize))
+        .routes(routes!(tokens::detokenize_v1))
         .routes(routes!(messages::create))
         .routes(routes!(messages::count))
         .routes(routes!(responses::create))

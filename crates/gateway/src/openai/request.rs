@@ -6,7 +6,9 @@ mod body;
 mod embeddings;
 mod format;
 mod message;
+mod rerank;
 mod texts;
+mod tokens;
 mod tools;
 
 use protocol::WireError;
@@ -18,7 +20,9 @@ pub(crate) use embeddings::EmbeddingRequest;
 pub use embeddings::{Encoding, Vectors, parse_embeddings};
 pub(crate) use format::of_schema;
 pub(crate) use message::{Content, Part, join};
+pub(crate) use rerank::{RerankRequest, Reranking, parse_rerank};
 pub(crate) use texts::{Stop, Texts};
+pub(crate) use tokens::{DetokenizeRequest, TokenizeRequest, Tokenizing, parse_detokenize, parse_tokenize};
 pub(crate) use tools::{OfferedTool, check_parameters, tools};
 
 /// Maximum tokens of a text completion without a limit; OpenAI's default.

@@ -15,8 +15,8 @@ use protocol::control::{
 };
 use protocol::health::{CachedModel, Capacity, HealthReport, ModelState};
 use protocol::infer::{
-    Degraded, EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, Origin, Payload, Progress, SUBMIT,
-    TokenLogprob, ToolCallDelta,
+    Degraded, EmbedInput, Embedding, FinishReason, InferChunk, InferRequest, ListedToken, Origin, Payload, Progress,
+    SUBMIT, TokenLogprob, ToolCallDelta,
 };
 use protocol::jobs::{JOB_LIST, JOB_SHOW, JobInfo, JobPage, JobQuery, JobRef, JobStatus};
 use protocol::kept::{KEPT_READ, KEPT_REMOVE, KEPT_SHOW, KeptAnswer, KeptRef, KeptRemoved, KeptStatus};
@@ -623,6 +623,26 @@ impl Fake {
                 let payload = Payload { text: "Hi".into(), logprobs, ..Payload::default() };
                 reply.send(&codec::encode(&InferChunk { payload, ..chunk(0, "") })).await?;
                 reply.send(&codec::encode(&last(1))).await?;
+            }
+            "scores" => {
+                for (index, score) in [(0, 0.25), (1, 0.75)] {
+                    let payload = Payload { embeddings: vec![Embedding::new(index, &[score])], ..Payload::default() };
+                    reply.send(&codec::encode(&InferChunk { payload, ..chunk(index.into(), "") })).await?;
+                }
+                let mut end = last(2);
+                end.payload.usage = Some(TokenUsage { completion_tokens: 0, ..usage });
+                reply.send(&codec::encode(&end)).await?;
+            }
+            "list" => {
+                let listed = |(id, bytes): (u32, &[u8])| ListedToken { id, bytes: bytes.to_vec() };
+                for (seq, token) in [(0, (5, &b"Z"[..])), (1, (6, &[0xc3]))] {
+                    let payload = Payload { listed_tokens: vec![listed(token)], ..Payload::default() };
+                    reply.send(&codec::encode(&InferChunk { payload, ..chunk(seq, "") })).await?;
+                }
+                let mut end = last(2);
+                end.payload.input_tokens = Some(2);
+                end.payload.usage = Some(TokenUsage::default());
+                reply.send(&codec::encode(&end)).await?;
             }
             "vectors" | "too few vectors" => {
                 let count = request.input.embed.as_ref().map_or(1, Vec::len) as u32;

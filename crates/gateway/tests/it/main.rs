@@ -11,6 +11,7 @@ mod framing;
 mod membership;
 mod messages;
 mod ollama;
+mod ranking;
 mod refusals;
 mod repeats;
 mod responses;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::mem;
 use std::time::Duration;
 
-use engine::{Embeddings, Event, Piece};
+use engine::{Embeddings, Event, ListedToken, Piece};
 use protocol::infer::{Embedding, FinishReason, InferChunk, InferRequest, PROGRESS_WITHIN, Payload, Progress};
 use protocol::usage::TokenUsage;
 use rpc::ResponseSink;
@@ -19,6 +19,8 @@ use crate::transcript::Transcript;
 const CHUNK_BYTES_MAX: usize = 4 * 1024;
 /// Vectors share a chunk up to about this many bytes.
 const VECTORS_BYTES_MAX: usize = 64 * 1024;
+/// About the length of a listed token in JSON, without its bytes.
+const LISTED_TOKEN_BYTES: usize = 32;
 /// The approximate size of one logprob in a chunk.
 const LOGPROB_BYTES: usize = 64;
 /// How long a caller may leave a chunk unread before it counts as gone.
@@ -183,7 +185,25 @@ impl ChunkWriter {
         Ok(self.last().0)
     }
 
-    /// Returns the only chunk of a token count. Nothing was evaluated, and nothing is billed.
+    /// Sends a prompt's tokens, and returns the last chunk. Nothing was evaluated, and nothing is billed.
+    pub(super) async fn send_listed(
+        mut self,
+        tokens: Vec<ListedToken>,
+        reply: &mut ResponseSink,
+    ) -> Result<InferChunk, Broken> {
+        let count = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+        for token in tokens {
+            self.waiting_bytes += LISTED_TOKEN_BYTES + 4 * token.bytes.len();
+            self.waiting[0].listed_tokens.push(token);
+            if self.waiting_bytes >= VECTORS_BYTES_MAX {
+                self.send(reply).await?;
+            }
+        }
+        self.send(reply).await?;
+        Ok(self.count(count))
+    }
+
+    /// Returns the last chunk of a token count. Nothing was evaluated, and nothing is billed.
     pub(super) fn count(self, tokens: u32) -> InferChunk {
         let (finish_reason, usage) = (Some(FinishReason::Stop), Some(TokenUsage::default()));
         let payload = Payload { input_tokens: Some(tokens), finish_reason, usage, ..Payload::default() };
@@ -208,13 +228,15 @@ fn bytes_of(piece: &Piece) -> usize {
 }
 
 fn is_empty(payload: &Payload) -> bool {
-    let Payload { text, reasoning, tool_calls, tokens, logprobs, embeddings, finish_reason, .. } = payload;
+    let Payload { text, reasoning, tool_calls, tokens, logprobs, embeddings, listed_tokens, finish_reason, .. } =
+        payload;
     text.is_empty()
         && reasoning.is_empty()
         && tool_calls.is_empty()
         && tokens.is_empty()
         && logprobs.is_empty()
         && embeddings.is_empty()
+        && listed_tokens.is_empty()
         && finish_reason.is_none()
 }
 
@@ -226,6 +248,7 @@ fn clear(payload: &mut Payload) {
     payload.tokens.clear();
     payload.logprobs.clear();
     payload.embeddings.clear();
+    payload.listed_tokens.clear();
     payload.finish_reason = None;
     payload.stop_sequence = None;
     payload.usage = None;

@@ -1,6 +1,8 @@
 //! Translates jobs into engine requests, and pieces and errors of the engine into protocol messages.
 
-use engine::{Chat, EmbedRequest, EngineError, GenerateRequest, LeftToModel, ModelId, Piece, PromptInput, Sampling};
+use engine::{
+    Chat, EmbedRequest, EngineError, GenerateRequest, LeftToModel, ModelId, Piece, PromptInput, RerankRequest, Sampling,
+};
 use protocol::error_code::ContextLength;
 use protocol::infer::{EmbedInput, InferRequest, Input, Payload};
 use protocol::{ErrorCode, WireError};
@@ -54,6 +56,20 @@ pub(super) fn embed_request(model: ModelId, inputs: &[EmbedInput]) -> EmbedReque
     EmbedRequest { model, inputs: texts(inputs) }
 }
 
+/// Returns the engine request for scoring these texts by the job's query.
+pub(super) fn rerank_request(model: ModelId, input: &Input, texts: &[EmbedInput]) -> RerankRequest {
+    // A checked input has texts here and no tokens.
+    let text = |text: &EmbedInput| match text {
+        EmbedInput::Text(text) => Some(text.clone()),
+        EmbedInput::Tokens(_) => None,
+    };
+    RerankRequest {
+        model,
+        query: input.query.clone().unwrap_or_default(),
+        texts: texts.iter().filter_map(text).collect(),
+    }
+}
+
 fn texts(inputs: &[EmbedInput]) -> Vec<PromptInput> {
     inputs.iter().cloned().map(PromptInput::from).collect()
 }
@@ -80,6 +96,7 @@ pub(super) fn wire_error(error: &EngineError, input: &Input) -> WireError {
         EngineError::ContextLength { prompt_tokens, context_length } => {
             let part = match input {
                 Input { messages: Some(_), .. } => "messages",
+                Input { query: Some(_), .. } => "documents",
                 Input { embed: Some(_), .. } => "input",
                 _ => "prompt",
             };

@@ -14,8 +14,9 @@ use std::{env, fs, thread};
 use async_trait::async_trait;
 use tether_engine::hardware::{Device, DeviceKind, Hardware};
 use tether_engine::{
-    AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, LoadOptions, LoadSnapshot,
-    LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RuntimeInfo, VerifiedArtifact,
+    AdapterId, EmbedRequest, Embeddings, EngineError, GenerateRequest, GenerateStream, ListedToken, LoadOptions,
+    LoadSnapshot, LoadedModel, MemoryPlan, ModelId, ModelRuntime, ProgressSink, PromptInput, RerankRequest,
+    RuntimeInfo, Scores, TokenListing, VerifiedArtifact,
 };
 
 /// Attempts what it is asked to count the tokens of, if that is `attempt NAME ARGUMENT`, and otherwise works as the
@@ -74,6 +75,19 @@ impl<R: ModelRuntime> ModelRuntime for Captured<R> {
 
     async fn embed(&self, request: EmbedRequest) -> Result<Embeddings, EngineError> {
         self.runtime.embed(request).await
+    }
+
+    async fn rerank(&self, request: RerankRequest) -> Result<Scores, EngineError> {
+        self.runtime.rerank(request).await
+    }
+
+    async fn list_tokens(
+        &self,
+        model: ModelId,
+        input: &PromptInput,
+        listing: TokenListing,
+    ) -> Result<Vec<ListedToken>, EngineError> {
+        self.runtime.list_tokens(model, input, listing).await
     }
 
     async fn count_tokens(&self, model: ModelId, input: &PromptInput) -> Result<u32, EngineError> {

@@ -38,6 +38,8 @@ pub(crate) enum Pooling {
     First,
     /// The vector of the last token.
     Last,
+    /// The model's classifier makes a score of each text.
+    Rank,
 }
 
 /// Why a batch was not evaluated.
@@ -95,6 +97,7 @@ impl Context {
                     Pooling::Mean => sys::LLAMA_POOLING_TYPE_MEAN,
                     Pooling::First => sys::LLAMA_POOLING_TYPE_CLS,
                     Pooling::Last => sys::LLAMA_POOLING_TYPE_LAST,
+                    Pooling::Rank => sys::LLAMA_POOLING_TYPE_RANK,
                 };
             }
             sys::llama_init_from_model(model.as_ptr(), parameters)
@@ -160,6 +163,7 @@ impl Context {
             sys::LLAMA_POOLING_TYPE_MEAN => Some(Pooling::Mean),
             sys::LLAMA_POOLING_TYPE_CLS => Some(Pooling::First),
             sys::LLAMA_POOLING_TYPE_LAST => Some(Pooling::Last),
+            sys::LLAMA_POOLING_TYPE_RANK => Some(Pooling::Rank),
             _ => None,
         }
     }
@@ -179,12 +183,16 @@ impl Context {
         }
     }
 
-    /// Returns the pooled vector of a sequence in the last batch.
+    /// Returns the pooled vector of a sequence in the last batch, or the outputs of the classifier.
     pub(crate) fn pooled(&self, sequence: i32) -> Option<&[f32]> {
-        // SAFETY: as above; the length is the model's.
+        let length = match self.pooling() {
+            Some(Pooling::Rank) => self.model.classifier_outputs(),
+            _ => self.model.embedding_length(),
+        };
+        // SAFETY: as above; llama.cpp keeps as many numbers for each sequence.
         unsafe {
             let vector = sys::llama_get_embeddings_seq(self.as_ptr(), sequence);
-            (!vector.is_null()).then(|| slice::from_raw_parts(vector, self.model.embedding_length() as usize))
+            (!vector.is_null()).then(|| slice::from_raw_parts(vector, length as usize))
         }
     }
 

@@ -111,6 +111,12 @@ impl Model {
         unsafe { sys::llama_model_n_embd_out(self.as_ptr()) }.unsigned_abs()
     }
 
+    /// Returns the number of outputs of a reranker's classifier.
+    pub(crate) fn classifier_outputs(&self) -> u32 {
+        // SAFETY: the call reads a field.
+        unsafe { sys::llama_model_n_cls_out(self.as_ptr()) }
+    }
+
     /// Returns whether only ggml's own kernels are used.
     #[cfg(matrices)]
     pub(super) fn without_kernels(&self) -> bool {

@@ -108,6 +108,18 @@ impl Vocabulary<'_> {
         unsafe { sys::llama_vocab_get_add_eos(self.pointer) }
     }
 
+    /// Returns the separator of two texts (SEP), if there is one.
+    pub(crate) fn separator(self) -> Option<Token> {
+        // SAFETY: the call reads a field.
+        Some(unsafe { sys::llama_vocab_sep(self.pointer) }).filter(|token| *token >= 0)
+    }
+
+    /// Returns whether the tokenizer puts a separator between two texts.
+    pub(crate) fn adds_separator(self) -> bool {
+        // SAFETY: the call reads a field.
+        unsafe { sys::llama_vocab_get_add_sep(self.pointer) }
+    }
+
     /// Tokenises a text and appends the tokens. `whole` is llama.cpp's `add_special`: adds BOS and EOS if the model is
     /// configured so. `control` is its `parse_special`: parses the texts of special tokens as those tokens.
     pub(crate) fn tokenize(self, text: &[u8], whole: bool, control: bool, tokens: &mut Vec<Token>) {

@@ -6,7 +6,9 @@ use tokio::sync::oneshot;
 use tokio::time;
 
 use super::{EngineProcess, RESPONSE_TIMEOUT, timed_out, too_long};
-use crate::model_runtime::{AdapterId, Embeddings, EngineError, PromptInput, VerifiedArtifact};
+use crate::model_runtime::{
+    AdapterId, Embeddings, EngineError, ListedToken, PromptInput, Scores, TokenListing, VerifiedArtifact,
+};
 use crate::process::frame::{Query, Reply, ToChild, encode};
 use crate::process::handover;
 
@@ -30,6 +32,34 @@ impl EngineProcess {
             Reply::Tokens(tokens) => Ok(tokens),
             _ => Err(nonsense()),
         }
+    }
+
+    pub(in crate::process) async fn list_tokens(
+        &self,
+        input: &PromptInput,
+        listing: TokenListing,
+    ) -> Result<Vec<ListedToken>, EngineError> {
+        match self.ask(Query::ListTokens { input: input.clone(), listing }, RESPONSE_TIMEOUT).await? {
+            Reply::Listed(tokens) => Ok(tokens),
+            _ => Err(nonsense()),
+        }
+    }
+
+    /// Requests the scores of a few texts at a time, so that any number of texts fits the frames.
+    pub(in crate::process) async fn rerank(&self, query: &str, texts: &[String]) -> Result<Scores, EngineError> {
+        let mut all = Scores::default();
+        for texts in texts.chunks(TEXTS_MAX) {
+            let query = Query::Rerank { query: query.to_owned(), texts: texts.to_vec() };
+            let Reply::Scores(Scores { scores, prompt_tokens }) = self.ask(query, EMBED_WITHIN).await? else {
+                return Err(nonsense());
+            };
+            if scores.len() != texts.len() {
+                return Err(nonsense());
+            }
+            all.scores.extend(scores);
+            all.prompt_tokens = all.prompt_tokens.saturating_add(prompt_tokens);
+        }
+        Ok(all)
     }
 
     /// Requests the vectors of a few texts at a time, so that any number of texts fits the frames.

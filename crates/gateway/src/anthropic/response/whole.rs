@@ -40,7 +40,8 @@ mod tests {
     fn written(choice: Choice) -> Value {
         let heading = Heading { id: "msg_1".into(), model: "m".into(), service_tier: "standard" };
         let usage = TokenUsage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 3, reasoning_tokens: 0 };
-        let whole = Whole { choices: vec![choice], embeddings: vec![], input_tokens: None, usage };
+        let whole =
+            Whole { choices: vec![choice], embeddings: vec![], input_tokens: None, listed_tokens: vec![], usage };
         serde_json::from_str(write(&heading, &whole).expect("JSON").get()).expect("JSON")
     }
 

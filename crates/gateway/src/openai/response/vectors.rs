@@ -1,6 +1,7 @@
 //! Embedding responses in OpenAI's format.
 
 use protocol::infer::Embedding;
+use protocol::usage::TokenUsage;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use utoipa::ToSchema;
@@ -35,9 +36,15 @@ enum EmbeddingVector<'a> {
 }
 
 #[derive(Serialize, ToSchema)]
-struct EmbeddingUsage {
+pub(super) struct EmbeddingUsage {
     prompt_tokens: u32,
     total_tokens: u32,
+}
+
+impl EmbeddingUsage {
+    pub(super) fn of(usage: TokenUsage) -> Self {
+        Self { prompt_tokens: usage.prompt_tokens, total_tokens: usage.total_tokens() }
+    }
 }
 
 impl<'a> EmbeddingItem<'a> {
@@ -54,6 +61,6 @@ impl<'a> EmbeddingItem<'a> {
 pub(crate) fn write_vectors(model: &str, encoding: Encoding, whole: &Whole) -> Option<Box<RawValue>> {
     let data =
         whole.embeddings.iter().map(|embedding| EmbeddingItem::of(embedding, encoding)).collect::<Option<_>>()?;
-    let usage = EmbeddingUsage { prompt_tokens: whole.usage.prompt_tokens, total_tokens: whole.usage.total_tokens() };
+    let usage = EmbeddingUsage::of(whole.usage);
     to_raw_value(&EmbeddingList { object: "list", data, model, usage }).ok()
 }
