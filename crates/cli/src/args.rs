@@ -4,6 +4,7 @@ use std::io::{self, BufRead as _};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use protocol::batches::BatchId;
 use protocol::jobs::JobStatus;
 use protocol::keep_alive::KeepAlive;
 use protocol::policy::ServiceClass;
@@ -111,6 +112,9 @@ pub enum Command {
     /// List, show, replay and delete dead letters: failed jobs that are kept with their requests
     #[command(subcommand)]
     Dlq(DlqCommand),
+    /// List, show and cancel batches
+    #[command(subcommand)]
+    Batch(BatchCommand),
     /// Show, set, list and explain what tenants may do
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -583,6 +587,39 @@ pub enum DlqCommand {
     /// Delete dead letters
     #[command(visible_alias = "rm")]
     Purge(DlqPurgeArgs),
+}
+
+/// What to do with batches. They are those of the API key's tenant.
+#[derive(Debug, Clone, Subcommand)]
+pub enum BatchCommand {
+    /// List batches, the newest first
+    #[command(visible_alias = "ls")]
+    List(BatchListArgs),
+    /// Show a batch: where it stands, and its files
+    Show(BatchRefArgs),
+    /// Cancel a batch; the answers that it has are kept
+    Cancel(BatchRefArgs),
+}
+
+/// Which batches to list.
+#[derive(Debug, Clone, Args)]
+pub struct BatchListArgs {
+    /// Maximum number of batches
+    #[arg(long, value_name = "COUNT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub limit: u32,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// The batch to show or cancel.
+#[derive(Debug, Clone, Args)]
+pub struct BatchRefArgs {
+    /// Id of the batch, as `tether batch list` shows it
+    pub batch: BatchId,
+    /// Where the network is
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 /// Which dead letters to list.

@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses;
 use crate::args::{
-    AdapterCommand, Cli, Command, Common, ConfigCommand, DlqCommand, JobsCommand, ModelCommand, PolicyCommand,
-    TokenCommand, UpArgs, WorkerArgs,
+    AdapterCommand, BatchCommand, Cli, Command, Common, ConfigCommand, DlqCommand, JobsCommand, ModelCommand,
+    PolicyCommand, TokenCommand, UpArgs, WorkerArgs,
 };
 use crate::clock;
 use crate::data_folder::DataFolder;
@@ -24,6 +24,7 @@ use crate::settings::{self, Env, Flag, Settings};
 use protocol::control::NodeRole;
 
 mod adapter;
+mod batch;
 mod chat;
 mod demo;
 mod dlq;
@@ -219,6 +220,9 @@ async fn carry_out(command: Command, common: &Common, context: Context) -> anyho
         Command::Dlq(DlqCommand::Show(args)) => dlq::show(context, &args).await,
         Command::Dlq(DlqCommand::Replay(args)) => dlq::replay(context, &args).await,
         Command::Dlq(DlqCommand::Purge(args)) => dlq::purge(context, &args).await,
+        Command::Batch(BatchCommand::List(args)) => batch::list(context, &args).await,
+        Command::Batch(BatchCommand::Show(args)) => batch::show(context, &args).await,
+        Command::Batch(BatchCommand::Cancel(args)) => batch::cancel(context, &args).await,
         Command::Policy(PolicyCommand::List(server)) => policy::list(context, &server).await,
         Command::Policy(PolicyCommand::Show(args)) => policy::show(context, &args).await,
         Command::Policy(PolicyCommand::Set(args)) => policy::set(context, *args).await,

@@ -56,6 +56,9 @@ pub struct Config {
     pub proxy_header: ProxyHeader,
     /// Maximum number of concurrent jobs. Further ones get status 503.
     pub jobs_max: usize,
+    /// Maximum number of lines of batches that this gateway runs at the same time. They wait behind all other work, so
+    /// the number may exceed the slots of the workers, which are then never empty between two lines.
+    pub batch_lines_max: usize,
     /// Timeout in seconds for receiving a request's head, and for the TLS handshake.
     pub header_timeout_secs: u64,
     /// Maximum pause in seconds while a client sends a body.
@@ -145,6 +148,7 @@ impl Default for Config {
             trusted_proxies: vec![],
             proxy_header: ProxyHeader::default(),
             jobs_max: 8192,
+            batch_lines_max: 64,
             header_timeout_secs: 10,
             body_idle_secs: 30,
             idle_timeout_secs: 75,

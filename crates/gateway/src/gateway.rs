@@ -14,6 +14,7 @@ use protocol::control::{
 use protocol::infer::{InferRequest, Input, ModelDigest};
 use protocol::kept::{KEPT_CANCEL, KEPT_REMOVE, KEPT_SHOW, KeptAnswer, KeptRef, KeptRemoved};
 use protocol::model::{ALTERNATIVES_MAX, ModelEntry, ModelKey, ModelRef};
+use protocol::policy::ServiceClass;
 use protocol::quota::QuotaRule;
 use protocol::{AdapterName, Clock, CorrelationId, Digest, ErrorCode, PublicKey, RetryToken, TenantId, WireError};
 use rpc::rate_limit::{Quota, RateLimit, Verdict};
@@ -96,6 +97,10 @@ struct Inner {
     authentication: Authentication,
     rate_limit: RateLimit<TenantId>,
     sdk_requests: SdkRequests,
+    /// Notified when a batch was created here, so that its work begins at once.
+    batch_created: Notify,
+    /// Lines of batches that may run at the same time.
+    batch_lines: Arc<Semaphore>,
     models: Cached<Models>,
     fleet: Cached<Fleet>,
     jobs: Arc<Semaphore>,
@@ -127,6 +132,8 @@ impl Gateway {
             authentication: Authentication::new(config.token_cache(), config.registry_absence),
             rate_limit: RateLimit::new(),
             sdk_requests: SdkRequests::default(),
+            batch_created: Notify::new(),
+            batch_lines: Arc::new(Semaphore::new(config.batch_lines_max.clamp(1, Semaphore::MAX_PERMITS))),
             models: Cached::new(seconds(config.catalog_cache_secs)),
             fleet: Cached::new(FLEET_BELIEVED),
             jobs: Arc::new(Semaphore::new(config.jobs_max.min(Semaphore::MAX_PERMITS))),
@@ -178,6 +185,17 @@ impl Gateway {
     fn record(&self, context: RequestContext) -> RequestRecord {
         let RequestContext { correlation_id, trace_id, received, origin: _ } = context;
         RequestRecord::new(self.inner.metrics.clone(), received, correlation_id, trace_id)
+    }
+
+    /// Admits a line of a batch, once there is room. The bucket of its tenant's requests has no part in it: a batch
+    /// sends no more than this gateway takes from it, and the orchestrator applies the tenant's policy.
+    pub(crate) async fn admit_line(&self, grant: Arc<TokenGrant>) -> Result<AdmittedRequest, WireError> {
+        let context = self.context(None, None)?;
+        let permit = self.inner.jobs.clone().acquire_owned().await.map_err(|_| upstream::stopping())?;
+        let mut record = self.record(context);
+        record.of_key(&grant.key_id);
+        let class = Some(ServiceClass::Batch);
+        Ok(AdmittedRequest { grant, rate: Verdict::UNLIMITED, permit, record, repeat: Repeat::default(), class })
     }
 
     async fn check_in(
@@ -718,6 +736,14 @@ impl Gateway {
         if let Some(task) = task {
             task.run(stop).await;
         }
+    }
+
+    pub(crate) fn batch_created(&self) -> &Notify {
+        &self.inner.batch_created
+    }
+
+    pub(crate) fn batch_lines(&self) -> &Arc<Semaphore> {
+        &self.inner.batch_lines
     }
 
     /// Returns the registries and orchestrators of the region.

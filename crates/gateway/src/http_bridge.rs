@@ -2,6 +2,7 @@
 
 mod admin;
 mod answer_body;
+mod batches;
 mod chat;
 mod client_address;
 mod completions;
@@ -10,6 +11,7 @@ mod dialect;
 mod embeddings;
 mod errors;
 mod extract;
+mod files;
 mod health;
 mod infer;
 mod input_tokens;
@@ -25,6 +27,7 @@ mod rerank;
 mod reset_limit;
 mod responses;
 mod router;
+mod tenant_request;
 mod timeouts;
 mod tls;
 mod tokens;

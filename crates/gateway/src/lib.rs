@@ -8,11 +8,13 @@
 mod answer;
 mod anthropic;
 mod authentication;
+mod batches;
 mod builds;
 mod cached;
 mod catalog;
 mod class;
 mod config;
+mod files;
 pub mod folder_proof;
 mod gateway;
 mod http_bridge;

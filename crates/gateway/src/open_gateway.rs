@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 
+use crate::batches::BatchWorker;
 use crate::config::seconds;
 use crate::gateway::Gateway;
 use crate::http_bridge::{GatewayError, HttpBridge};
@@ -60,8 +61,9 @@ impl OpenGateway {
             finished.run_until_cancelled(time::sleep(drain)).await;
             cutting.cut().cancel();
         });
+        let batches = BatchWorker::new(gateway.clone());
         let rpc = RpcGateway::new(gateway);
-        tokio::join!(http.run(stop.clone(), drained.clone()), rpc.run(stop));
+        tokio::join!(http.run(stop.clone(), drained.clone()), rpc.run(stop.clone()), batches.run(stop));
         drained.cancel();
         tracker.close();
         tracker.wait().await;

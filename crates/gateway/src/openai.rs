@@ -1,5 +1,6 @@
 //! Translates the OpenAI API: its requests to jobs, and answers to its responses. Independent of HTTP and RPC.
 
+pub(crate) mod batch;
 pub(crate) mod request;
 pub(crate) mod response;
 

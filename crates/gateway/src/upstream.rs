@@ -25,6 +25,8 @@ use crate::answer::{Begun, ChunkHead};
 
 /// Timeout of a unary call.
 const CALL: Duration = Duration::from_secs(2);
+/// Timeout of a call that carries a part of a file.
+const KEEPER_CALL: Duration = Duration::from_secs(10);
 /// How long an orchestrator may take to say whether it has a job.
 const HOLDER: Duration = Duration::from_millis(150);
 /// How long a request waits for discovery to find a node of a role.
@@ -120,6 +122,19 @@ impl Upstream {
             last = Some(of_both(last, error));
         }
         Err(last.unwrap_or_else(|| away(role)))
+    }
+
+    /// Calls one orchestrator, which has what the call is about.
+    pub(crate) async fn ask_keeper<Request: Serialize, Reply: DeserializeOwned>(
+        &self,
+        keeper: PublicKey,
+        method: &str,
+        request: &Request,
+    ) -> Result<Reply, WireError> {
+        self.client.call(keeper, method, request, KEEPER_CALL).await.map_err(|error| match error {
+            CallError::Deadline | CallError::Unreachable { .. } | CallError::PeerEnded => away(NodeRole::Orchestrator),
+            error => error.into(),
+        })
     }
 
     /// Calls all nodes of a role for which there is a request, at the same time.

@@ -15,6 +15,7 @@ use protocol::quota::{QuotaLimits, QuotaRefusal, QuotaUsage};
 use protocol::usage::TokenUsage;
 use protocol::{CorrelationId, ErrorCode, Region, RetryToken, TenantId, TraceId, UnixMillis, WireError, WorkerId};
 
+use crate::batch_store::BatchStore;
 use crate::store::{Store, StoreError};
 
 /// Stores jobs. Several orchestrators may share one store: the attempt number is the fencing token of their writes, and
@@ -52,6 +53,9 @@ pub trait JobStore: Store {
     /// before the first reservation. A store that several processes may share returns none, because their processes may
     /// live.
     async fn release_orphans(&self, now: UnixMillis) -> Result<Vec<JobRecord>, StoreError>;
+
+    /// Returns the part that has files and batches.
+    fn batches(&self) -> &dyn BatchStore;
 
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError>;
 

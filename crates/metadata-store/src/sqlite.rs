@@ -6,8 +6,11 @@
 mod adapters;
 mod aliases;
 mod answers;
+mod batch_store;
+mod batches;
 mod db_thread;
 mod dead_letters;
+mod files;
 mod job_store;
 mod jobs;
 mod membership;

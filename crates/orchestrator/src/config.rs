@@ -67,6 +67,18 @@ pub struct Config {
     /// Mebibytes of all answers that are kept, and as many of the requests of stored responses. If there are more,
     /// those of the tenant that has most give way first.
     pub answers_kept_mib: u64,
+    /// Maximum size in MiB of a file that is uploaded for a batch; the default is OpenAI's limit.
+    pub file_mib_max: u64,
+    /// Maximum number of files of a tenant. A batch adds two, for its results.
+    pub tenant_files_max: u32,
+    /// Maximum size in MiB of all files of a tenant. Results of batches count, and are kept if they exceed it.
+    pub tenant_files_mib: u64,
+    /// Days for which files are kept, unless their client wants them deleted earlier.
+    pub files_kept_days: u32,
+    /// Hours that a batch has. Lines without a result then fail with `batch_expired`. OpenAI's API calls it 24 h.
+    pub batch_window_hours: u32,
+    /// Seconds after which another gateway takes over a batch whose gateway has gone silent.
+    pub batch_lease_secs: u64,
     /// Seconds for which a request that crashed an engine is remembered. After two crashes it is refused. With 0 it is
     /// forgotten when its job ends.
     pub crashes_kept_secs: u64,
@@ -120,6 +132,12 @@ impl Default for Config {
             lease_secs: 30,
             answers_kept_hours: 24,
             answers_kept_mib: 256,
+            file_mib_max: 200,
+            tenant_files_max: 1_000,
+            tenant_files_mib: 2_048,
+            files_kept_days: 30,
+            batch_window_hours: 24,
+            batch_lease_secs: 30,
             crashes_kept_secs: 600,
             policy_cache_secs: 1,
             quota_answer_tokens: 4_096,

@@ -17,6 +17,8 @@ use crate::metrics::Metrics;
 const EVERY: Duration = Duration::from_mins(1);
 /// The most jobs that are removed in one transaction, so that settlements do not wait for it.
 const AT_ONCE: u32 = 200;
+/// The most pieces of files that are removed in one transaction. A piece is larger than a job.
+const FILE_PIECES_AT_ONCE: u32 = 32;
 /// Pause between two such transactions.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -61,6 +63,7 @@ impl HistoryKeeper {
         let died_before = Some(self.before(self.letters_kept));
         self.store.purge_dead_letters(DeadLetterPurge { died_before, ..DeadLetterPurge::default() }).await?;
         self.metrics.dead_letters.set(self.store.count_dead_letters().await? as i64);
+        self.remove_files(stop).await?;
         let Some(kept) = self.jobs_kept else { return Ok(()) };
         let mut removed = 0;
         loop {
@@ -73,6 +76,20 @@ impl HistoryKeeper {
         if removed > 0 {
             debug!(removed, "old jobs removed from the store");
         }
+        Ok(())
+    }
+
+    /// Deletes files that have expired, and records how many batches are open.
+    async fn remove_files(&self, stop: &CancellationToken) -> Result<(), StoreError> {
+        let batches = self.store.batches();
+        while batches.prune_files(self.clock.now(), FILE_PIECES_AT_ONCE).await? >= FILE_PIECES_AT_ONCE {
+            if stop.run_until_cancelled(time::sleep(PAUSE)).await.is_none() {
+                break;
+            }
+        }
+        let (open, lines) = batches.open_batches().await?;
+        self.metrics.batches_open.set(open as i64);
+        self.metrics.batch_lines_open.set(lines as i64);
         Ok(())
     }
 

@@ -1,5 +1,7 @@
 //! The orchestrator service: takes each job from submission to settlement.
 
+mod batches;
+mod files;
 mod hedging;
 mod kept;
 mod repeats;
@@ -15,11 +17,15 @@ use futures_util::future::join_all;
 use metadata_store::{Finalised, JobStore, StoreError};
 use observability::metrics::ReasonLabel;
 use parking_lot::{Mutex, MutexGuard};
+use protocol::batches::{
+    BATCH_CANCEL, BATCH_CLAIM, BATCH_CREATE, BATCH_LINES, BATCH_LIST, BATCH_RECORD, BATCH_SHOW, BATCH_STEP,
+};
 use protocol::codec::MESSAGE_BYTES_MAX;
 use protocol::control::{
     ARTIFACT_HOLDERS, ArtifactHolders, ArtifactHoldersRequest, Empty, FLEET_LIST, Fleet as FleetMessage, JOB_EXPLAIN,
     MODEL_MOVE, ModelMove, ModelResidency, NodeInfo, NodeRole, PRESENCE_REPORT, ResidencyState, WorkerResidency,
 };
+use protocol::files::{FILE_CREATE, FILE_FINISH, FILE_LIST, FILE_READ, FILE_REMOVE, FILE_SHOW, FILE_WRITE};
 use protocol::infer::{InferRequest, SUBMIT};
 use protocol::jobs::{
     DEAD_LETTER_LIST, DEAD_LETTER_PURGE, DEAD_LETTER_RELEASE, DEAD_LETTER_SHOW, JOB_CANCEL, JOB_LIST, JOB_SHOW,
@@ -935,6 +941,21 @@ impl Orchestrator {
             .unary(KEPT_SHOW, gateway(), Self::show_kept)
             .unary(KEPT_CANCEL, gateway(), Self::cancel_kept)
             .unary(KEPT_REMOVE, gateway(), Self::remove_kept)
+            .unary(FILE_CREATE, gateway(), Self::create_file)
+            .unary(FILE_WRITE, gateway(), Self::write_file)
+            .unary(FILE_FINISH, gateway(), Self::finish_file)
+            .unary(FILE_SHOW, gateway(), Self::show_file)
+            .unary(FILE_LIST, gateway(), Self::list_files)
+            .unary(FILE_READ, gateway(), Self::read_file)
+            .unary(FILE_REMOVE, gateway(), Self::remove_file)
+            .unary(BATCH_CREATE, gateway(), Self::create_batch)
+            .unary(BATCH_SHOW, gateway(), Self::show_batch)
+            .unary(BATCH_LIST, gateway(), Self::list_batches)
+            .unary(BATCH_CANCEL, gateway(), Self::cancel_batch)
+            .unary(BATCH_CLAIM, gateway(), Self::claim_batch)
+            .unary(BATCH_STEP, gateway(), Self::step_batch)
+            .unary(BATCH_LINES, gateway(), Self::list_lines)
+            .unary(BATCH_RECORD, gateway(), Self::record_line)
             .unary(FLEET_LIST, gateway(), Self::list_fleet)
             .unary(JOB_EXPLAIN, gateway(), Self::explain)
             .unary(MODEL_MOVE, gateway(), Self::move_for_gateway)

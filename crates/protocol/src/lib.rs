@@ -6,10 +6,12 @@
 #![warn(missing_docs)]
 
 pub mod artifact;
+pub mod batches;
 pub mod clock;
 pub mod codec;
 pub mod control;
 pub mod error_code;
+pub mod files;
 pub mod gateway;
 pub mod health;
 pub mod id;

@@ -42,6 +42,17 @@ pub struct Verdict {
     pub retry_after: Duration,
 }
 
+impl Verdict {
+    /// The verdict on a request that no bucket limits.
+    pub const UNLIMITED: Self = Self {
+        allowed: true,
+        limit: Quota::UNLIMITED.per_minute,
+        remaining: u32::MAX,
+        reset: Duration::ZERO,
+        retry_after: Duration::ZERO,
+    };
+}
+
 /// Decides on one request by the generic cell rate algorithm. A bucket is the time at which it will be full, and each
 /// request postpones that by its share of a minute. Returns the bucket afterwards.
 ///

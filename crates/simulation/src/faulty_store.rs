@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use metadata_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote, ReassignError,
+    BatchStore, FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote, ReassignError,
     Reassignment, RecordPage, ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, UsageCursor,
     UsageRecord,
 };
@@ -176,6 +176,10 @@ impl JobStore for FaultyStore {
     /// Several orchestrators share the disk.
     async fn release_orphans(&self, _now: UnixMillis) -> Result<Vec<JobRecord>, StoreError> {
         Ok(vec![])
+    }
+
+    fn batches(&self) -> &dyn BatchStore {
+        self.disk.store.batches()
     }
 
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> {

@@ -2,6 +2,7 @@
 
 mod added_models;
 mod adoption;
+mod batches;
 #[cfg(feature = "llama")]
 mod canary;
 mod certificates;

@@ -17,8 +17,8 @@ use utoipa_axum::routes;
 
 use super::extract::{Bridge, Inquiry, context};
 use super::{
-    GatewayError, admin, chat, completions, embeddings, errors, health, infer, input_tokens, messages, models, ollama,
-    openapi, rerank, responses, tokens,
+    GatewayError, admin, batches, chat, completions, embeddings, errors, files, health, infer, input_tokens, messages,
+    models, ollama, openapi, rerank, responses, tokens,
 };
 
 /// The response headers that pages of other origins may read.
@@ -79,6 +79,12 @@ fn routes() -> OpenApiRouter<Bridge> {
         .routes(routes!(responses::stored::get, responses::stored::delete))
         .routes(routes!(responses::stored::cancel))
         .routes(routes!(responses::stored::input_items))
+        .routes(routes!(files::list, files::upload))
+        .routes(routes!(files::get, files::delete))
+        .routes(routes!(files::content))
+        .routes(routes!(batches::list, batches::create))
+        .routes(routes!(batches::get))
+        .routes(routes!(batches::cancel))
         .routes(routes!(models::list))
         .routes(routes!(models::get))
         .routes(routes!(infer::create))

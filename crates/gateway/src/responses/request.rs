@@ -120,7 +120,7 @@ pub(crate) struct Echo {
     safety_identifier: Option<String>,
     /// How urgent the request was: `default`, `priority` or `flex`.
     pub(crate) service_tier: String,
-    store: bool,
+    pub(crate) store: bool,
     temperature: Option<f32>,
     text: TextEcho,
     #[schema(value_type = Value)]

@@ -159,7 +159,7 @@ async fn errors_have_anthropics_shape_wherever_they_come_from() {
     expect_refusal(keyless.send().await.expect("answered"), 401, "authentication_error").await;
     expect_refusal(network.get("/v1/messages").await, 405, "invalid_request_error").await;
     expect_refusal(network.get("/v1/messages/batches").await, 404, "not_found_error").await;
-    let elsewhere = network.request(Method::GET, "/v1/files").header("anthropic-version", "2023-06-01");
+    let elsewhere = network.request(Method::GET, "/v1/assistants").header("anthropic-version", "2023-06-01");
     expect_refusal(elsewhere.send().await.expect("answered"), 404, "not_found_error").await;
     network.end().await;
 }

@@ -7,6 +7,7 @@ use protocol::quota::QuotaUsage;
 use protocol::{CorrelationId, TenantId, UnixMillis, WireError, WorkerId};
 
 use super::{SqliteStore, answers, dead_letters, jobs, notes, presence, quotas, reservations, usage};
+use crate::batch_store::BatchStore;
 use crate::job_store::{
     FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote, ReassignError,
     Reassignment, RecordPage, ReserveError, Reserved, Settlement, UsageCursor, UsageRecord,
@@ -42,6 +43,10 @@ impl JobStore for SqliteStore {
             return Ok(vec![]);
         }
         self.write(move |connection| reservations::release_all(connection, now)).await
+    }
+
+    fn batches(&self) -> &dyn BatchStore {
+        self
     }
 
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use async_trait::async_trait;
 use metadata_store::{
-    DurableState, FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote,
+    BatchStore, DurableState, FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote,
     ReassignError, Reassignment, RecordPage, ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError,
     TerminalState, UsageCursor, UsageRecord,
 };
@@ -53,6 +53,7 @@ impl JobStore for BusyStore {
     async fn renew(&self, leases: Vec<Lease>, until: UnixMillis) -> Result<Vec<Lease>, StoreError> { self.store.renew(leases, until).await }
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError> { self.store.release_expired(now, limit).await }
     async fn release_orphans(&self, now: UnixMillis) -> Result<Vec<JobRecord>, StoreError> { self.store.release_orphans(now).await }
+    fn batches(&self) -> &dyn BatchStore { self.store.batches() }
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> { self.store.job(key).await }
     async fn answer(&self, key: &JobKey, now: UnixMillis) -> Result<Option<Vec<u8>>, StoreError> { self.store.answer(key, now).await }
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> { self.store.prune_answers(now, bytes_max, limit).await }

@@ -1,5 +1,6 @@
 //! Jobs from their submission to their settlement, against workers that can be told to misbehave.
 
+mod batches;
 mod billing;
 mod builds;
 mod busy_store;

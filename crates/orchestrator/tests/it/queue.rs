@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use metadata_store::{
-    FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote, ReassignError,
+    BatchStore, FinaliseError, Finalised, JobKey, JobRecord, JobStore, KeptNote, Lease, NewJob, NewNote, ReassignError,
     Reassignment, RecordPage, ReserveError, Reserved, Settlement, SqliteStore, Store, StoreError, UsageCursor,
     UsageRecord,
 };
@@ -51,6 +51,7 @@ impl JobStore for PausingStore {
     async fn renew(&self, leases: Vec<Lease>, until: UnixMillis) -> Result<Vec<Lease>, StoreError> { blocking!(self.renew(leases, until)) }
     async fn release_expired(&self, now: UnixMillis, limit: u32) -> Result<Vec<JobRecord>, StoreError> { blocking!(self.release_expired(now, limit)) }
     async fn release_orphans(&self, now: UnixMillis) -> Result<Vec<JobRecord>, StoreError> { blocking!(self.release_orphans(now)) }
+    fn batches(&self) -> &dyn BatchStore { self.0.batches() }
     async fn job(&self, key: &JobKey) -> Result<Option<JobRecord>, StoreError> { let key = key.clone(); blocking!(self.job(&key)) }
     async fn answer(&self, key: &JobKey, now: UnixMillis) -> Result<Option<Vec<u8>>, StoreError> { self.0.answer(key, now).await }
     async fn prune_answers(&self, now: UnixMillis, bytes_max: u64, limit: u32) -> Result<u32, StoreError> { blocking!(self.prune_answers(now, bytes_max, limit)) }
