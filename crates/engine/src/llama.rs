@@ -442,7 +442,7 @@ impl Loaded {
                 return Err(unsupported("echo", "a deterministic answer tells no log-probabilities of its prompt"));
             }
             let (outbox, stream) = Outbox::new(tokens.len() as u32);
-            let GenerateRequest { adapter, sampling, stop, logprobs, deterministic, .. } = request;
+            let GenerateRequest { adapter, sampling, stop, logprobs, deterministic, yields, .. } = request;
             Ok(move |admitted| {
                 let job = Job {
                     tokens,
@@ -460,6 +460,7 @@ impl Loaded {
                     spoken,
                     prediction,
                     deterministic,
+                    yields,
                     outbox,
                     admitted,
                 };

@@ -96,6 +96,14 @@ struct Job<G> {
     is_waiting: bool,
 }
 
+/// Which jobs may be released.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Jobs {
+    All,
+    /// All but batch jobs.
+    Urgent,
+}
+
 /// Returns the virtual time that tokens take at a weight.
 fn span(tokens: u64, weight: u64) -> u64 {
     tokens.saturating_mul(SCALE) / weight.max(1)
@@ -155,14 +163,23 @@ impl<G: Clone + Eq + Hash> FairQueue<G> {
     }
 
     /// Releases the next job of those whose group has room.
-    pub fn release(&mut self, now: Duration, mut has_room: impl FnMut(&G) -> bool) -> Option<Ticket> {
+    pub fn release(&mut self, now: Duration, has_room: impl FnMut(&G) -> bool) -> Option<Ticket> {
+        self.release_among(now, Jobs::All, has_room)
+    }
+
+    /// Releases the next job that is not a batch job, of those whose group has room for such a job.
+    pub fn release_urgent(&mut self, now: Duration, has_room: impl FnMut(&G) -> bool) -> Option<Ticket> {
+        self.release_among(now, Jobs::Urgent, has_room)
+    }
+
+    fn release_among(&mut self, now: Duration, jobs: Jobs, mut has_room: impl FnMut(&G) -> bool) -> Option<Ticket> {
         let time = self.time;
-        let eligible = self.groups.iter_mut().filter(|(key, group)| group.is_waiting() && has_room(key));
-        let (_, next) = eligible.map(|(key, group)| (group.rank(time), key)).min_by_key(|(rank, _)| *rank)?;
+        let eligible = self.groups.iter_mut().filter(|(key, group)| group.has(jobs) && has_room(key));
+        let (_, next) = eligible.map(|(key, group)| (group.rank(time, jobs), key)).min_by_key(|(rank, _)| *rank)?;
         let key = next.clone();
         let group = self.groups.get_mut(&key)?;
         self.time = self.time.max(group.counter());
-        let ticket = group.release(now)?;
+        let ticket = group.release(now, jobs)?;
         let job = self.jobs.get_mut(&ticket)?;
         job.is_waiting = false;
         self.bounds.leave(ticket, &job.flow);

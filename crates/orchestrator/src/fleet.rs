@@ -125,6 +125,8 @@ struct Worker {
     others: u32,
     /// Jobs this orchestrator has reserved on it.
     reserved: AtomicU32,
+    /// Those of them that give way to jobs of other classes.
+    yielding: AtomicU32,
     /// The most that it had reserved since the last report.
     reserved_most: AtomicU32,
     pace: Pace,
@@ -232,6 +234,7 @@ impl Fleet {
             (Some(_), Some(_)) => Change::None,
         };
         let reserved = before.as_ref().map_or(0, |before| before.reserved.load(Ordering::Relaxed));
+        let yielding = before.as_ref().map_or(0, |before| before.yielding.load(Ordering::Relaxed));
         let own = before.as_ref().map_or(0, |before| before.reserved_most.load(Ordering::Relaxed)).max(reserved);
         let reported = report.capacity.running.saturating_add(report.capacity.waiting);
         state.workers[index] = Some(Worker {
@@ -242,6 +245,7 @@ impl Fleet {
             // The report may be older than the ends of jobs that it counts.
             others: reported.saturating_sub(own),
             reserved: AtomicU32::new(reserved),
+            yielding: AtomicU32::new(yielding),
             reserved_most: AtomicU32::new(reserved),
             pace: same_start.map(|before| before.pace.clone()).unwrap_or_default(),
             draining: report.draining,
@@ -330,14 +334,15 @@ impl Fleet {
     }
 
     /// Adds one to a worker's reserved jobs, or subtracts one if `more` is false. A waiting job gets the slot then.
-    pub fn count_reserved(&self, worker_id: WorkerId, more: bool) {
-        self.count(worker_id, more);
+    /// `yields` says whether the job gives way to those of other classes.
+    pub fn count_reserved(&self, worker_id: WorkerId, yields: bool, more: bool) {
+        self.count(worker_id, yields, more);
         if !more {
             self.tell_gate();
         }
     }
 
-    fn count(&self, worker_id: WorkerId, more: bool) {
+    fn count(&self, worker_id: WorkerId, yields: bool, more: bool) {
         let state = self.read();
         let Some(worker) = state.by_id.get(&worker_id).and_then(|index| state.workers[*index].as_ref()) else {
             return;
@@ -345,10 +350,14 @@ impl Fleet {
         if more {
             let before = worker.reserved.fetch_add(1, Ordering::Relaxed);
             worker.reserved_most.fetch_max(before.saturating_add(1), Ordering::Relaxed);
+            worker.yielding.fetch_add(u32::from(yields), Ordering::Relaxed);
         } else {
             // Never below zero: the worker may have been removed and found again meanwhile.
             let less = |count: u32| count.checked_sub(1);
             let _ = worker.reserved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+            if yields {
+                let _ = worker.yielding.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+            }
         }
     }
 
@@ -650,6 +659,7 @@ impl<'a> CandidateIter<'a> {
                 capacity: worker.capacity,
                 limit: worker.limit(self.backlog_max),
                 load: worker.others.saturating_add(worker.reserved.load(Ordering::Relaxed)),
+                yielding: worker.yielding.load(Ordering::Relaxed),
                 warm_share: source.warm.get(&replica.worker).copied().unwrap_or_default(),
                 tokens_per_second: replica.tokens_per_second,
                 context_length: replica.context_length,

@@ -199,7 +199,10 @@ impl JobGate {
     /// Returns how long a job would wait that arrives now; `None` if unknown.
     pub(crate) fn expected_wait(&self, job: &WaitingJob) -> Option<Duration> {
         let (state, supply) = (self.state.lock(), self.supply(&job.group));
-        if supply.room(state.queue.len()) > state.released {
+        let waiting = state.queue.len();
+        let is_batch = job.flow.class == ServiceClass::Batch;
+        let room = if is_batch { supply.room(waiting) } else { supply.urgent_room(waiting) };
+        if room > state.released {
             return Some(Duration::ZERO);
         }
         state.queue.expected_wait(job)
@@ -297,13 +300,18 @@ impl JobGate {
                 now - since >= WORKERS_RETURN_WITHIN
             };
             // Jobs that nobody can run any more are released, and fail.
-            room.insert(group, if is_given_up { u32::MAX } else { supply.room(waiting) });
+            let rooms = (supply.room(waiting), supply.urgent_room(waiting));
+            room.insert(group, if is_given_up { (u32::MAX, u32::MAX) } else { rooms });
         }
         let mut turns = vec![];
         loop {
             let released = state.released;
-            let has_room = |group: &Arc<Group>| room.get(group).is_some_and(|room| *room > released);
-            let Some(ticket) = state.queue.release(self.now(), has_room) else { break };
+            let has_room = |group: &Arc<Group>| room.get(group).is_some_and(|(room, _)| *room > released);
+            let has_urgent = |group: &Arc<Group>| room.get(group).is_some_and(|(_, room)| *room > released);
+            let next = state.queue.release(self.now(), has_room);
+            // Batch jobs give up their slots to the others.
+            let next = next.or_else(|| state.queue.release_urgent(self.now(), has_urgent));
+            let Some(ticket) = next else { break };
             let Some(waiter) = state.waiters.remove(&ticket) else {
                 state.queue.end(ticket, 0);
                 continue;

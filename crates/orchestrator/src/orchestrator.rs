@@ -33,6 +33,7 @@ use protocol::jobs::{
 use protocol::kept::{KEPT_CANCEL, KEPT_READ, KEPT_REMOVE, KEPT_SHOW};
 use protocol::membership::Exclusion;
 use protocol::model::ModelKey;
+use protocol::policy::ServiceClass;
 use protocol::presence::Rejection;
 use protocol::queue::QUEUE_LIST;
 use protocol::quota::QUOTA_LIST;
@@ -232,8 +233,10 @@ impl Orchestrator {
         let (wanted, barred) = (journey.wanted(), journey.barred());
         // The place that the job holds already is its own.
         let own = journey.reservation.as_ref().map(|reservation| reservation.worker_id);
+        let yields = journey.request.class == ServiceClass::Batch;
         let without_own = |candidate: Candidate| {
             let held = u32::from(Some(candidate.worker_id) == own);
+            let held = held + if yields { 0 } else { candidate.yielding };
             // A job that has a reservation never waits behind others.
             let limit = if own.is_some() { candidate.capacity } else { candidate.limit };
             let barred = self.is_over_quota(journey, candidate.context_length).then_some(Refusal::OverQuota);
@@ -317,7 +320,7 @@ impl Orchestrator {
             reservation.reassign(model, worker.worker_id, worker.capacity, claim, history).await?;
             failpoint!("orchestrator-moved");
         } else {
-            let counted = self.reservations.count(worker.worker_id);
+            let counted = self.reservations.count(worker.worker_id, journey.request.class);
             if let Some(turn) = journey.turn.take() {
                 journey.share = turn.taken();
             }

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use protocol::infer::{FinishReason, InferRequest};
 use protocol::jobs::AttemptRecord;
 use protocol::model::ModelKey;
+use protocol::policy::ServiceClass;
 use protocol::usage::TokenUsage;
 use protocol::{Clock, CorrelationId, Digest, ErrorCode, Region, TenantId, UnixMillis, WireError, WorkerId};
 use rpc::backoff::Backoff;
@@ -87,18 +88,20 @@ pub struct Reservation {
 pub struct Counted {
     fleet: Arc<Fleet>,
     worker_id: WorkerId,
+    /// Whether it gives way to jobs of other classes.
+    yields: bool,
 }
 
 impl Counted {
-    fn on(fleet: &Arc<Fleet>, worker_id: WorkerId) -> Self {
-        fleet.count_reserved(worker_id, true);
-        Self { fleet: fleet.clone(), worker_id }
+    fn on(fleet: &Arc<Fleet>, worker_id: WorkerId, yields: bool) -> Self {
+        fleet.count_reserved(worker_id, yields, true);
+        Self { fleet: fleet.clone(), worker_id, yields }
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.fleet.count_reserved(self.worker_id, false);
+        self.fleet.count_reserved(self.worker_id, self.yields, false);
     }
 }
 
@@ -207,8 +210,8 @@ impl ReservationManager {
     }
 
     /// Counts a job towards a worker's load.
-    pub fn count(&self, worker_id: WorkerId) -> Counted {
-        Counted::on(&self.fleet, worker_id)
+    pub fn count(&self, worker_id: WorkerId, class: ServiceClass) -> Counted {
+        Counted::on(&self.fleet, worker_id, class == ServiceClass::Batch)
     }
 
     /// Writes a job and its reservation on the worker where it is counted. A job that is known is refused, because it
@@ -238,7 +241,7 @@ impl ReservationManager {
         let fingerprint = hedge_fingerprint();
         // The job itself counts against its tenant's quotas, and has reserved what may be billed.
         let written = (request.attempt, stop, Claim::default());
-        self.write(request, fingerprint, self.count(worker_id), worker_capacity, written).await
+        self.write(request, fingerprint, self.count(worker_id, request.class), worker_capacity, written).await
     }
 
     async fn write(
@@ -406,7 +409,7 @@ impl Reservation {
         history: Vec<AttemptRecord>,
     ) -> Result<(), WireError> {
         let manager = &self.manager;
-        let counted = Counted::on(&manager.fleet, worker_id);
+        let counted = Counted::on(&manager.fleet, worker_id, self.counted.yields);
         let now = manager.clock.now();
         let reassignment = Reassignment {
             key: self.key.clone(),

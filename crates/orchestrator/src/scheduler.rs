@@ -40,6 +40,8 @@ pub struct Candidate {
     pub limit: u32,
     /// Jobs it holds, as far as known.
     pub load: u32,
+    /// Those of them that give up their slots to jobs of other classes: batch jobs of this orchestrator.
+    pub yielding: u32,
     /// Share of the prompt in its prefix cache, 0 to 1.
     pub warm_share: f32,
     /// Decode speed in tokens per second, 0 if unknown.
@@ -134,6 +136,8 @@ pub struct Supply {
     pub exists: bool,
     /// Free slots of workers that have the model's file.
     free: u32,
+    /// The same for jobs that others give way to.
+    urgent: u32,
     /// Free slots of those that must fetch it.
     to_fetch: u32,
     /// Jobs that may wait before another worker fetches the file.
@@ -143,10 +147,12 @@ pub struct Supply {
 impl Supply {
     /// Adds the room of a worker.
     fn add(&mut self, candidate: &Candidate) {
-        let free = candidate.limit.min(candidate.capacity).saturating_sub(candidate.load);
+        let most = candidate.limit.min(candidate.capacity);
+        let free = most.saturating_sub(candidate.load);
         self.exists = true;
         if candidate.has_file {
             self.free += free;
+            self.urgent += most.saturating_sub(candidate.load.saturating_sub(candidate.yielding));
             self.patient += candidate.capacity.saturating_sub(candidate.limit);
         } else {
             self.to_fetch += free;
@@ -156,6 +162,11 @@ impl Supply {
     /// Returns how many jobs may start, if so many wait.
     pub fn room(&self, waiting: usize) -> u32 {
         if self.free == 0 && waiting as u64 > u64::from(self.patient) { self.to_fetch } else { self.free }
+    }
+
+    /// Returns how many jobs may start that are not batch jobs, if so many wait.
+    pub fn urgent_room(&self, waiting: usize) -> u32 {
+        self.room(waiting).max(self.urgent)
     }
 }
 

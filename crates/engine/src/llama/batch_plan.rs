@@ -43,6 +43,18 @@ pub(super) struct StepLimits {
     pub(super) together: bool,
 }
 
+/// Pauses the slots that yield, if another one wants tokens. Returns whether it did.
+pub(super) fn pause_yielding(needs: &mut [Need], yields: &[bool]) -> bool {
+    let wants = |need: &Need| need.tokens != Tokens::None;
+    let others = needs.iter().zip(yields).any(|(need, yields)| !yields && wants(need));
+    let mut has_paused = false;
+    for (need, _) in needs.iter_mut().zip(yields).filter(|(need, yields)| others && **yields && wants(need)) {
+        need.tokens = Tokens::None;
+        has_paused = true;
+    }
+    has_paused
+}
+
 /// Returns the next step, or `None` where no slot wants anything.
 ///
 /// A step evaluates with one adapter. Adapters take turns, step by step; `last` is the adapter of the last step. Every
@@ -192,6 +204,27 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_slot_that_yields_has_no_tokens_beside_one_that_does_not(
+            slots in prop::collection::vec((0_u8..3, any::<bool>()), 0..20),
+        ) {
+            let tokens = |kind| match kind {
+                0 => Tokens::None,
+                1 => Tokens::Next(0),
+                _ => Tokens::Prompt(9),
+            };
+            let before: Vec<Need> = slots.iter().map(|(kind, _)| plain(tokens(*kind))).collect();
+            let yields: Vec<bool> = slots.iter().map(|(_, yields)| *yields).collect();
+            let mut after = before.clone();
+            let has_paused = pause_yielding(&mut after, &yields);
+            let wants = |need: &Need| need.tokens != Tokens::None;
+            let others = before.iter().zip(&yields).any(|(need, yields)| wants(need) && !yields);
+            for ((before, after), yields) in before.iter().zip(&after).zip(&yields) {
+                prop_assert_eq!(after.tokens, if others && *yields { Tokens::None } else { before.tokens });
+            }
+            prop_assert_eq!(has_paused, before != after);
+        }
+
         #[test]
         fn a_step_is_never_overfull_and_never_idle_without_cause(
             kinds in prop::collection::vec((0_u8..3, 1_usize..700, 0_u64..3), 1..40),

@@ -26,6 +26,8 @@ const PREFILL_TOKENS_MIN: usize = 64;
 const HEADROOM: usize = 256;
 /// Tokens of a shared prefix for which a generation waits until another has evaluated them.
 const SHARED_PREFIX_MIN: usize = 64;
+/// While others run, generations that yield take part in one of so many steps.
+const YIELDING_ONE_IN: u32 = 20;
 /// How often a running step checks whether anyone still wants it.
 const ASK_EVERY: Duration = Duration::from_millis(5);
 
@@ -43,6 +45,8 @@ pub(super) struct BatchScheduler {
     batch: Batch,
     last_adapter: Option<AdapterId>,
     turn: usize,
+    /// Steps since generations that yield took part.
+    paused_steps: u32,
 }
 
 /// What a batch scheduler uses of its engine.
@@ -89,6 +93,7 @@ impl BatchScheduler {
             batch: Batch::default(),
             last_adapter: None,
             turn: 0,
+            paused_steps: 0,
         }
     }
 
@@ -107,7 +112,9 @@ impl BatchScheduler {
         if !self.kv_cache.can_rewind() || self.deterministic || sequence.echoes_prompt() {
             return false;
         }
-        let others = self.running().filter(|other| other.job.adapter == sequence.job.adapter);
+        // One that yields may not go on before this one ends.
+        let is_ahead = |other: &&Sequence| !other.job.yields || sequence.job.yields;
+        let others = self.running().filter(|other| other.job.adapter == sequence.job.adapter).filter(is_ahead);
         let coming = others.map(|other| {
             let common = common_prefix(&other.tokens, &sequence.tokens);
             common.saturating_sub(other.evaluated())
@@ -220,8 +227,9 @@ impl BatchScheduler {
         }
         let deterministic = self.deterministic;
         let mut echo_rows = ECHO_ROWS as usize;
-        let needs: Vec<Need> =
+        let mut needs: Vec<Need> =
             self.slots.iter_mut().map(|slot| need(slot.as_mut(), deterministic, &mut echo_rows)).collect();
+        self.pause_yielding(&mut needs);
         let batch_tokens_max = BATCH_TOKENS as usize;
         let prefill_tokens_max = self.clock.prompt_tokens_within(GAP, PREFILL_TOKENS_MIN, batch_tokens_max);
         self.turn = (self.turn + 1) % self.slots.len();
@@ -234,6 +242,18 @@ impl BatchScheduler {
             self.turn = plan.shares.iter().position(|share| *share > 0).unwrap_or(self.turn);
         }
         Some(plan)
+    }
+
+    /// Pauses the generations that yield, but for one step in [`YIELDING_ONE_IN`], so that they do not starve.
+    fn pause_yielding(&mut self, needs: &mut [Need]) {
+        if self.paused_steps + 1 >= YIELDING_ONE_IN {
+            self.paused_steps = 0;
+            return;
+        }
+        let yields = |slot: &Option<Sequence>| slot.as_ref().is_some_and(|sequence| sequence.job.yields);
+        let yields: Vec<bool> = self.slots.iter().map(yields).collect();
+        let has_paused = batch_plan::pause_yielding(needs, &yields);
+        self.paused_steps = if has_paused { self.paused_steps + 1 } else { 0 };
     }
 
     /// Fills the batch and returns the rows of logits of each slot, and those of prompt tokens.
@@ -409,11 +429,19 @@ impl BatchScheduler {
         }
     }
 
+    /// Takes a generation that yields out of its slot, the youngest first.
+    pub(super) fn preempt_yielding(&mut self) -> Option<Sequence> {
+        let age =
+            |slot: usize| self.slots[slot].as_ref().filter(|sequence| sequence.job.yields).map(Sequence::generated);
+        let youngest = (0..self.slots.len()).filter_map(|slot| Some((age(slot)?, slot))).min();
+        youngest.and_then(|(_, slot)| self.vacate(slot))
+    }
+
     /// Preempts the youngest generation if cells run short, or fails it if it is the only one.
     fn preempt_youngest(&mut self, outcome: &mut Outcome, error: &DecodeError) {
         let youngest = (0..self.slots.len())
             .filter(|slot| self.slots[*slot].is_some())
-            .min_by_key(|slot| self.slots[*slot].as_ref().map_or(0, Sequence::generated));
+            .min_by_key(|slot| self.slots[*slot].as_ref().map(|sequence| (!sequence.job.yields, sequence.generated())));
         let is_alone = self.running().count() == 1;
         let Some(sequence) = youngest.and_then(|slot| self.vacate(slot)) else { return };
         if is_alone {

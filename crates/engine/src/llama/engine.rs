@@ -219,14 +219,17 @@ impl Engine {
         self.counters.cancelled += (dropped + stopped) as u64;
     }
 
-    /// Starts waiting generations in the order of their arrival.
+    /// Starts waiting generations in the order of their arrival, those that yield after the others, for which they give
+    /// up their slots and cells.
     ///
     /// A generation without KV cache capacity blocks those behind it, so that long prompts get their turn. One that
     /// waits for another to evaluate their shared prefix does not.
     fn start_waiting(&mut self) {
-        let mut deferred = VecDeque::new();
+        let (mut deferred, mut preempted) = (VecDeque::new(), VecDeque::new());
         let mut is_full = false;
-        while let Some(sequence) = self.waiting.pop_front() {
+        let (first, last): (VecDeque<_>, VecDeque<_>) =
+            self.waiting.drain(..).partition(|sequence| !sequence.job.yields);
+        for sequence in first.into_iter().chain(last) {
             if sequence.job.adapter.is_some_and(|adapter| !self.adapters.contains_key(&adapter)) {
                 sequence.job.outbox.fail(gone_adapter());
                 continue;
@@ -242,7 +245,13 @@ impl Engine {
                     continue;
                 }
             };
-            let is_blocked = !scheduler.has_slot() || !scheduler.has_capacity_for(&sequence);
+            let is_blocked =
+                |scheduler: &BatchScheduler| !scheduler.has_slot() || !scheduler.has_capacity_for(&sequence);
+            while !sequence.job.yields && is_blocked(scheduler) {
+                let Some(yielding) = scheduler.preempt_yielding() else { break };
+                preempted.push_back(yielding);
+            }
+            let is_blocked = is_blocked(scheduler);
             if scheduler.has_slot() && scheduler.is_evaluating_prefix_of(&sequence) {
                 deferred.push_back(sequence);
             } else if is_blocked || (is_full && !sequence.job.deterministic) {
@@ -254,7 +263,9 @@ impl Engine {
                 self.counters.prefix_hits += hits;
             }
         }
-        self.waiting = deferred;
+        // What was preempted goes on before what has not begun.
+        preempted.append(&mut deferred);
+        self.waiting = preempted;
     }
 
     /// Returns the batch scheduler of a generation.

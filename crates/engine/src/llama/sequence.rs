@@ -43,6 +43,8 @@ pub(super) struct Job {
     pub(super) prediction: Vec<Token>,
     /// Whether it is evaluated by itself, so that repeating it gives bit-identical results.
     pub(super) deterministic: bool,
+    /// Whether it pauses while others run that do not.
+    pub(super) yields: bool,
     pub(super) outbox: Outbox,
     pub(super) admitted: OwnedSemaphorePermit,
 }

@@ -121,6 +121,10 @@ pub struct GenerateRequest {
     /// whatever else runs.
     #[serde(default)]
     pub deterministic: bool,
+    /// Lets other generations go first: it pauses while one that does not yield runs, but for one step in twenty, and
+    /// gives up its slot to one that waits. It goes on where it was.
+    #[serde(default)]
+    pub yields: bool,
 }
 
 impl GenerateRequest {
@@ -143,6 +147,7 @@ impl GenerateRequest {
             continued: Vec::new(),
             continued_text: None,
             deterministic: false,
+            yields: false,
         }
     }
 }

@@ -211,6 +211,19 @@ async fn a_short_prompt_overtakes_nobody_but_does_not_wait_for_a_long_answer() {
 }
 
 #[tokio::test]
+async fn a_generation_that_yields_gives_up_its_slot_and_goes_on_later() {
+    let (runtime, model) = tiny_runtime(LoadOptions { slots: 1, ..options() }).await;
+    let alone = run(&runtime, GenerateRequest { yields: true, ..endless(model) }).await;
+    let mut yielding =
+        within(runtime.generate(GenerateRequest { yields: true, ..endless(model) })).await.expect("a slot");
+    within(yielding.next()).await.expect("it runs").expect("and well");
+    assert_eq!(run(&runtime, ask(model, "What is 3 + 4?")).await.text, "3 + 4 = 7");
+    assert_eq!(runtime.load_state()[0].counters.completed, 2, "the other one has not ended");
+    // It may be evaluated in other batches than alone, so that its tokens differ, but not their number.
+    assert_eq!(read(yielding).await.usage().completion_tokens, alone.usage().completion_tokens);
+}
+
+#[tokio::test]
 async fn unloading_ends_generations_and_forgets_the_model() {
     let (runtime, model) = tiny_runtime(options()).await;
     let stream = within(runtime.generate(endless(model))).await.expect("it is admitted");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use protocol::policy::ServiceClass;
 
 use super::drain::Drain;
-use super::{BATCH_ONE_IN, FlowKey, Ticket, Waiting, span};
+use super::{BATCH_ONE_IN, FlowKey, Jobs, Ticket, Waiting, span};
 
 /// After so many releases, flows are forgotten that are neither waiting nor ahead of the others.
 const SWEEP_EVERY: u32 = 256;
@@ -66,6 +66,11 @@ impl Group {
         self.weight > 0
     }
 
+    /// Returns whether one of these jobs waits.
+    pub(super) fn has(&self, jobs: Jobs) -> bool {
+        self.first(jobs).is_some()
+    }
+
     /// Returns whether nothing waits and nothing runs.
     pub(super) fn is_idle(&self) -> bool {
         !self.is_waiting() && self.running == 0
@@ -99,16 +104,16 @@ impl Group {
     }
 
     /// Returns the group's position among those that have room. A group that had none meanwhile does not catch up.
-    pub(super) fn rank(&mut self, time: u64) -> (u64, Ticket) {
+    pub(super) fn rank(&mut self, time: u64, jobs: Jobs) -> (u64, Ticket) {
         self.counter = self.counter.max(time);
-        let Some((_, ticket, key)) = self.first() else { return (u64::MAX, Ticket(u64::MAX)) };
+        let Some((_, ticket, key)) = self.first(jobs) else { return (u64::MAX, Ticket(u64::MAX)) };
         let cost = self.flows.get(key).and_then(Flow::next).map_or(0, |(_, cost)| cost);
         (self.counter.saturating_add(span(cost, self.weight)), *ticket)
     }
 
-    /// Releases the next job.
-    pub(super) fn release(&mut self, now: Duration) -> Option<Ticket> {
-        let (_, ticket, key) = self.first()?.clone();
+    /// Releases the next of these jobs.
+    pub(super) fn release(&mut self, now: Duration, jobs: Jobs) -> Option<Ticket> {
+        let (_, ticket, key) = self.first(jobs)?.clone();
         let weight = self.weight;
         let mut served = (0, 0);
         self.change(&key, |flow| {
@@ -164,7 +169,7 @@ impl Group {
 
     /// Returns the waiting jobs, the next first.
     pub(super) fn list(&self) -> Vec<Waiting> {
-        let least = self.first().and_then(|(_, _, key)| self.flows.get(key)).map_or(0, |flow| flow.counter);
+        let least = self.first(Jobs::All).and_then(|(_, _, key)| self.flows.get(key)).map_or(0, |flow| flow.counter);
         let mut rows: Vec<(u64, Ticket, u64, bool)> = vec![];
         for flow in self.flows.values() {
             let mut own = 0;
@@ -191,8 +196,8 @@ impl Group {
     }
 
     /// Returns the flow whose job is next.
-    fn first(&self) -> Option<&(u64, Ticket, FlowKey)> {
-        let (urgent, batch) = (self.urgent.first(), self.batch.first());
+    fn first(&self, jobs: Jobs) -> Option<&(u64, Ticket, FlowKey)> {
+        let (urgent, batch) = (self.urgent.first(), self.batch.first().filter(|_| jobs == Jobs::All));
         let (Some(soonest), Some(waiting)) = (urgent, batch) else { return urgent.or(batch) };
         let cost = self.flows.get(&waiting.2).and_then(Flow::next).map_or(0, |(_, cost)| cost);
         let is_due = self.batch_credit >= cost.saturating_mul(BATCH_ONE_IN);

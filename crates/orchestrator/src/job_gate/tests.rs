@@ -51,7 +51,7 @@ fn metrics() -> Metrics {
 fn gate(limits: Limits) -> (Arc<Fleet>, Arc<JobGate>) {
     let fleet = Arc::new(Fleet::new("local".parse().expect("a region"), vec![]));
     fleet.update(report(), Instant::now());
-    fleet.count_reserved(WORKER, true);
+    fleet.count_reserved(WORKER, false, true);
     let gate = Arc::new(JobGate::new(fleet.clone(), metrics(), limits));
     fleet.feed(&gate);
     (fleet, gate)
@@ -80,13 +80,13 @@ fn enter(gate: &Arc<JobGate>, job: WaitingJob) -> QueuePosition {
 async fn a_job_that_is_given_back_keeps_its_place() {
     let (fleet, gate) = gate(MANY);
     let mut position = enter(&gate, job("acme", ServiceClass::Standard, 10));
-    fleet.count_reserved(WORKER, false);
+    fleet.count_reserved(WORKER, false, false);
     let mut turn = position.turn().await.map_err(|_| ()).expect("its turn");
     turn.pass();
-    fleet.count_reserved(WORKER, true);
+    fleet.count_reserved(WORKER, false, true);
     position = turn.give_back().expect("it waits again");
     assert_eq!((gate.list(10).total, gate.is_quiet()), (1, false));
-    fleet.count_reserved(WORKER, false);
+    fleet.count_reserved(WORKER, false, false);
     let turn = position.turn().await.map_err(|_| ()).expect("its turn again");
     drop((turn, position));
     assert!(gate.is_quiet() && gate.state.lock().queue.is_clean());
@@ -130,9 +130,9 @@ async fn a_shed_job_is_told_when_its_own_turn_would_come() {
     for _ in 0..5 {
         let mut position = enter(&gate, job("noisy", ServiceClass::Standard, 10));
         time::advance(Duration::from_secs(1)).await;
-        fleet.count_reserved(WORKER, false);
+        fleet.count_reserved(WORKER, false, false);
         let turn = position.turn().await.map_err(|_| ()).expect("its turn");
-        fleet.count_reserved(WORKER, true);
+        fleet.count_reserved(WORKER, false, true);
         drop(turn);
     }
     let _others: Vec<_> = (0..3).map(|_| enter(&gate, job("noisy", ServiceClass::Standard, 100))).collect();

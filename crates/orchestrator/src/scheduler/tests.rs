@@ -16,6 +16,7 @@ fn worker(number: u8) -> Candidate {
         capacity: 8,
         limit: 8,
         load: 0,
+        yielding: 0,
         warm_share: 0.0,
         context_length: 0,
         tokens_per_second: 10.0,

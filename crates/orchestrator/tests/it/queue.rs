@@ -325,6 +325,30 @@ async fn the_tenant_over_its_share_is_shed_and_its_batch_jobs_first() {
 }
 
 #[tokio::test]
+async fn batch_jobs_hold_no_slot_against_others() {
+    let stand = stand(Config::default()).await;
+    let worker = stand.worker(1, Manner::Hang).await;
+    let batch = |tokens| InferRequest { class: ServiceClass::Batch, ..of(&stand, "nightly", tokens) };
+    let mut running = vec![];
+    for _ in 0..4 {
+        running.push(submit(&stand, &batch(10)).await.expect("accepted"));
+    }
+    let waits = submit(&stand, &batch(10)).await.expect("accepted");
+    waiting(&stand, 1).await;
+    // As many as the worker has slots run at once, and the next one waits for one of them.
+    for _ in 0..4 {
+        running.push(submit(&stand, &of(&stand, "quiet", 10)).await.expect("accepted"));
+    }
+    assert_eq!(worker.jobs_seen(), 8);
+    let next = submit(&stand, &of(&stand, "quiet", 10)).await.expect("accepted");
+    waiting(&stand, 2).await;
+    drop(running.pop());
+    waiting(&stand, 1).await;
+    assert_eq!(worker.jobs_seen(), 9, "it goes before the batch job that has waited longer");
+    drop((waits, next));
+}
+
+#[tokio::test]
 async fn the_queue_is_shown_to_operators_only() {
     let stand = stand(Config::default()).await;
     let request = protocol::control::ByOperator { token: "caller".to_owned(), request: QueueQuery { limit: 1 } };

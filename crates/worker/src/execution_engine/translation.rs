@@ -5,6 +5,7 @@ use engine::{
 };
 use protocol::error_code::ContextLength;
 use protocol::infer::{EmbedInput, InferRequest, Input, Payload};
+use protocol::policy::ServiceClass;
 use protocol::{ErrorCode, WireError};
 
 use crate::model_loader::u64_of;
@@ -26,6 +27,7 @@ pub(super) fn generate_request(model: ModelId, request: &InferRequest) -> Genera
         format: input.format.clone(),
         prediction: input.prediction.clone().map(PromptInput::Text),
         deterministic: input.deterministic,
+        yields: request.class == ServiceClass::Batch,
         ..GenerateRequest::new(model, prompt(input))
     }
 }
