@@ -149,7 +149,7 @@ mod tests {
             model_cache: vec![],
             latency_hops: 1,
             draining: false,
-            activity: protocol::health::Activity::Accepting,
+            activity: crate::health::Activity::Accepting,
             continues: true,
             epoch: 3,
             seq: 5,

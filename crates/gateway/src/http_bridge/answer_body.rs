@@ -38,6 +38,7 @@ struct Step {
     event: Event,
 }
 
+#[expect(clippy::large_enum_variant, reason = "nearly every event is a piece")]
 enum Event {
     /// The job was accepted.
     Begun,

@@ -314,8 +314,8 @@ fn a_worker_is_as_loaded_as_our_count_and_what_it_reports_beyond_that() {
         fleet.with_candidates(&[of(&model("m"))], now, |mut found| found.next().map(|found| found.load))
     };
     fleet.update(report(1, &["m"]), now);
-    fleet.count_reserved(id, true);
-    fleet.count_reserved(id, true);
+    fleet.count_reserved(id, false, true);
+    fleet.count_reserved(id, false, true);
     assert_eq!(load(&fleet), Some(2));
     let mut busy = report(1, &["m"]);
     busy.capacity.running = 3;
@@ -323,13 +323,13 @@ fn a_worker_is_as_loaded_as_our_count_and_what_it_reports_beyond_that() {
     assert_eq!(load(&fleet), Some(3));
     fleet.update(report(1, &["m"]), now);
     assert_eq!(load(&fleet), Some(2), "a report does not make us forget what we reserved");
-    fleet.count_reserved(id, false);
+    fleet.count_reserved(id, false, false);
     let mut late = report(1, &["m"]);
     late.capacity.running = 2;
     fleet.update(late, now);
     assert_eq!(load(&fleet), Some(1), "a report may be older than a job's end");
     for _ in 0..5 {
-        fleet.count_reserved(id, false);
+        fleet.count_reserved(id, false, false);
     }
     assert_eq!(load(&fleet), Some(0));
 }

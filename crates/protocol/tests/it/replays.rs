@@ -39,6 +39,7 @@ fn signed(key: &NodeKey, HighWater { epoch, seq }: HighWater) -> Signed {
         model_cache: vec![],
         latency_hops: 1,
         draining: false,
+        activity: tether_protocol::health::Activity::Accepting,
         continues: true,
         epoch,
         seq,

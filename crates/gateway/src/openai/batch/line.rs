@@ -292,7 +292,7 @@ mod tests {
         let body = RawValue::from_string("{\"a\":\"\\n\"}".into()).expect("JSON");
         let job = CorrelationId(uuid::Uuid::from_u128(7));
         let written = write_result(job, "q\"1", &LineOutcome::Response { status: 200, body: &body });
-        assert_eq!(written.iter().filter(|byte| **byte == b'\n').count(), 1);
+        assert_eq!(written.split(|byte| *byte == b'\n').count(), 2, "one end of a line");
         let read: Value = serde_json::from_slice(&written).expect("JSON");
         assert_eq!((&read["custom_id"], &read["response"]["status_code"]), (&json!("q\"1"), &json!(200)));
         let expired = write_result(job, "a", &LineOutcome::Error { code: "batch_expired", message: "over" });

@@ -45,9 +45,12 @@ impl TokenList {
     /// Returns `None` if a worker did not list the tokens.
     pub(crate) fn of(whole: &Whole, max_model_len: u32, with_pieces: bool, with_texts: bool) -> Option<Self> {
         let tokens = complete(whole)?;
-        let item = |token: &ListedToken| match with_pieces {
-            true => TokenItem::Piece { id: token.id, piece: TokenPiece::of(&token.bytes) },
-            false => TokenItem::Id(token.id),
+        let item = |token: &ListedToken| {
+            if with_pieces {
+                TokenItem::Piece { id: token.id, piece: TokenPiece::of(&token.bytes) }
+            } else {
+                TokenItem::Id(token.id)
+            }
         };
         let text = |token: &ListedToken| String::from_utf8_lossy(&token.bytes).into_owned();
         Some(Self {
