@@ -33,10 +33,10 @@ fn check_document(files: &[SourceFile], path: &str, tests: &HashSet<&str>) -> Ve
         .collect()
 }
 
-/// Returns the names of functions with a test attribute, such as `#[test]` or `#[tokio::test(…)]`.
+/// Returns the names of functions with a test attribute, such as `#[test]` or `#[tokio::test(…)]`, and of behaviours.
 fn tests(text: &str) -> Vec<&str> {
     let mut is_test = false;
-    let mut names = vec![];
+    let mut names: Vec<_> = behaviours(text).collect();
     for line in text.lines().map(str::trim) {
         if let Some(attribute) = line.strip_prefix("#[") {
             let path = attribute.split(['(', ']']).next().unwrap_or_default();
@@ -44,8 +44,6 @@ fn tests(text: &str) -> Vec<&str> {
         } else if let Some((_, rest)) = line.split_once("fn ") {
             names.extend(rest.split('(').next().filter(|_| is_test));
             is_test = false;
-        } else if let Some(behaviour) = behaviour(line) {
-            names.push(behaviour);
         } else if !line.starts_with("//") && !line.is_empty() {
             // The rest of a multi-line attribute may follow before the function.
             is_test &= !line.ends_with('}') && !line.ends_with(';');
@@ -54,7 +52,13 @@ fn tests(text: &str) -> Vec<&str> {
     names
 }
 
-/// Returns the name in a line such as `jobs: a_settled_job_frees_its_slot,`, of which a macro makes tests.
+/// Returns the names in uses of the macro `behaviours`, which makes a test of each.
+fn behaviours(text: &str) -> impl Iterator<Item = &str> {
+    let lists = text.split("behaviours! {").skip(1).filter_map(|rest| rest.split('}').next());
+    lists.flat_map(str::lines).filter_map(|line| behaviour(line.trim()))
+}
+
+/// Returns the name in a line such as `jobs: a_settled_job_frees_its_slot,`.
 fn behaviour(line: &str) -> Option<&str> {
     let (group, name) = line.strip_suffix(',')?.split_once(": ")?;
     let is_group = group.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
@@ -111,9 +115,13 @@ mod tests {
 
     #[test]
     fn a_behaviour_that_a_macro_makes_a_test_of_counts() {
-        let code = "            jobs: of_64_settlements_of_one_job_exactly_one_bills,\n";
+        let line = "            jobs: of_64_settlements_of_one_job_exactly_one_bills,\n";
         let map = "`of_64_settlements_of_one_job_exactly_one_bills`";
-        assert_eq!(findings(map, code), Vec::<String>::new());
+        let list = format!("        $crate::behaviours! {{ $make =>\n{line}        }}\n");
+        assert_eq!(findings(map, &list), Vec::<String>::new());
+        // A field of that name is no test, and neither is one after the list.
+        assert_eq!(findings(map, &format!("struct Jobs {{\n{line}}}\n")).len(), 1);
+        assert_eq!(findings(map, &format!("behaviours! {{ $make =>\n}}\nstruct Jobs {{\n{line}}}\n")).len(), 1);
     }
 
     #[test]

@@ -60,7 +60,8 @@ pub enum Target {
     Network,
     /// The network, except for those that connect to the process at its port.
     Connections,
-    /// Ports to listen on, except for the one that it was given.
+    /// Ports to listen on, except for the one that it was given. What listens without a port still gets one that the
+    /// kernel picks.
     Ports,
     /// Starting, tracing and signalling processes. A server may start processes, which are in its sandbox.
     Processes,
@@ -72,7 +73,7 @@ impl fmt::Display for Target {
             Self::Files => "files",
             Self::Network => "network",
             Self::Connections => "connections to others",
-            Self::Ports => "other ports",
+            Self::Ports => "other ports of its choice",
             Self::Processes => "other processes",
         })
     }
@@ -135,6 +136,8 @@ struct Means {
     threads_outside: usize,
     /// Whether files that may only be read can be emptied.
     may_empty_files: bool,
+    /// Whether signals are left to a Landlock that does not guard them.
+    may_signal: bool,
 }
 
 /// Closes the sandbox of this process for good, tries what it closes, and reports.
@@ -147,6 +150,8 @@ pub(super) fn close(needs: &Needs<'_>) -> Sandbox {
     let covers_threads = files.as_ref().is_ok_and(|closed| closed.all_threads);
     let means = Means {
         may_empty_files: needs.drivers && files.as_ref().is_ok_and(|closed| closed.abi < files::GUARDS_LENGTH),
+        // The filter refuses signals to others.
+        may_signal: false,
         threads_outside: if covers_threads { 0 } else { threads.saturating_sub(1) },
         landlock: files.map(|closed| format!("Landlock ABI {}", closed.abi)),
         seccomp: system_calls::close(needs).map(|()| "seccomp".to_owned()),
@@ -204,6 +209,7 @@ fn tried(rules: Result<&ServerRules, &String>, filters: Result<&ServerFilters, &
     let files = rules.map_err(Clone::clone).and_then(ServerRules::close);
     let means = Means {
         may_empty_files: files.as_ref().is_ok_and(|closed| closed.abi < files::GUARDS_LENGTH),
+        may_signal: !files.as_ref().is_ok_and(|closed| closed.abi >= files::GUARDS_SIGNALS),
         threads_outside: 0,
         landlock: files.map(|closed| format!("Landlock ABI {}", closed.abi)),
         seccomp: filters.map_err(Clone::clone).and_then(ServerFilters::close).map(|()| "seccomp".to_owned()),
@@ -212,7 +218,8 @@ fn tried(rules: Result<&ServerRules, &String>, filters: Result<&ServerFilters, &
         (Target::Files, File::open("/").is_ok()),
         (Target::Connections, unused.is_ok_and(can_connect)),
         (Target::Ports, TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).is_ok()),
-        (Target::Processes, means.seccomp.is_err() || can_signal_its_parent()),
+        // Not tried: whom this thread may signal says nothing of a process of its own.
+        (Target::Processes, means.seccomp.is_err() || means.may_signal),
     ];
     (report(&means, &within_reach), means)
 }
@@ -243,12 +250,10 @@ fn can_signal_its_parent() -> bool {
 
 #[cfg(target_os = "linux")]
 fn report(means: &Means, within_reach: &[(Target, bool)]) -> Sandbox {
-    let all = [&means.landlock, &means.seccomp];
-    let missing: Vec<&str> = all.iter().filter_map(|one| one.as_ref().err().map(String::as_str)).collect();
-    let why = if missing.is_empty() { "the kernel does not say why".to_owned() } else { missing.join(", and ") };
     let is_open =
         |is_open: bool| within_reach.iter().filter(move |(_, open)| *open == is_open).map(|(target, _)| *target);
-    let mut gaps: Vec<_> = is_open(true).map(|target| format!("{target} within reach: {why}")).collect();
+    let mut gaps: Vec<_> =
+        is_open(true).map(|target| format!("{target} within reach: {}", why(means, target))).collect();
     if means.landlock.is_ok() && means.threads_outside > 0 {
         gaps.push(format!(
             "{} threads of drivers can reach files, because Landlock covers running threads only since Linux 7.0",
@@ -262,8 +267,22 @@ fn report(means: &Means, within_reach: &[(Target, bool)]) -> Sandbox {
                 .to_owned(),
         );
     }
-    let means = all.into_iter().filter_map(|one| one.clone().ok()).collect();
+    let means = [&means.landlock, &means.seccomp].into_iter().filter_map(|one| one.clone().ok()).collect();
     Sandbox::On { closed: is_open(false).collect(), gaps, means }
+}
+
+/// Says why a target is within reach.
+#[cfg(target_os = "linux")]
+fn why(means: &Means, target: Target) -> String {
+    let all = [&means.landlock, &means.seccomp];
+    let missing: Vec<&str> = all.into_iter().filter_map(|one| one.as_ref().err().map(String::as_str)).collect();
+    if missing.is_empty() && target == Target::Processes && means.may_signal {
+        "Landlock guards signals only since Linux 6.12".to_owned()
+    } else if missing.is_empty() {
+        "the kernel does not say why".to_owned()
+    } else {
+        missing.join(", and ")
+    }
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -275,7 +294,7 @@ mod tests {
     fn reported(landlock: Result<&str, &str>, seccomp: Result<&str, &str>, open: &[Target]) -> Sandbox {
         let owned = |one: Result<&str, &str>| one.map(str::to_owned).map_err(str::to_owned);
         let (landlock, seccomp) = (owned(landlock), owned(seccomp));
-        let means = Means { landlock, seccomp, threads_outside: 0, may_empty_files: false };
+        let means = Means { landlock, seccomp, threads_outside: 0, may_empty_files: false, may_signal: false };
         report(&means, &ALL.map(|target| (target, open.contains(&target))))
     }
 
@@ -300,8 +319,18 @@ mod tests {
     #[test]
     fn a_landlock_that_does_not_guard_the_length_of_files_is_told_as_a_gap() {
         let (landlock, seccomp) = (Ok("Landlock ABI 2".to_owned()), Ok("seccomp".to_owned()));
-        let means = Means { landlock, seccomp, threads_outside: 0, may_empty_files: true };
+        let means = Means { landlock, seccomp, threads_outside: 0, may_empty_files: true, may_signal: false };
         let sandbox = report(&means, &ALL.map(|target| (target, false)));
         assert!(!sandbox.is_complete() && sandbox.to_string().contains("can be emptied"), "{sandbox}");
+    }
+
+    #[test]
+    fn a_landlock_that_does_not_guard_signals_is_told_as_the_reason_why_processes_are_within_reach() {
+        let (landlock, seccomp) = (Ok("Landlock ABI 5".to_owned()), Ok("seccomp".to_owned()));
+        let means = Means { landlock, seccomp, threads_outside: 0, may_empty_files: false, may_signal: true };
+        let sandbox = report(&means, &[(Target::Files, false), (Target::Processes, means.may_signal)]);
+        let expected = "no files (Landlock ABI 5, seccomp); \
+                        other processes within reach: Landlock guards signals only since Linux 6.12";
+        assert_eq!(sandbox.to_string(), expected);
     }
 }

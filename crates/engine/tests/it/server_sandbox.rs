@@ -1,4 +1,5 @@
-//! What a model that took over a server of others can reach, if a worker started it: its port, and nothing else.
+//! What a model that took over a server of others can reach, if a worker started it: its port and those that the kernel
+//! picks, and nothing else.
 
 use std::ffi::OsString;
 use std::fs;
@@ -106,6 +107,12 @@ async fn a_server_listens_reads_its_model_and_starts_programs_that_are_closed_of
     let key = worker.path("root.key");
     let (mut cat, _) = start_server(server("sh", &["-c", &format!("cat {key}")], Some(vec![]))).expect("it starts");
     assert!(!within(cat.wait()).await.expect("it ends").success());
+}
+
+/// A gap that ADR 0065 tells: Landlock guards `bind` only.
+#[tokio::test]
+async fn a_server_that_listens_without_a_port_gets_one_that_the_kernel_picks() {
+    assert!(succeeds("unbound -", Some(vec![])).await);
 }
 
 #[tokio::test]

@@ -133,6 +133,7 @@ fn attempt(name: &str, argument: &str) -> io::Result<()> {
         "udp" => UdpSocket::bind("127.0.0.1:0")?.send_to(b"hello", argument).map(drop),
         "unix" => UnixStream::connect(OsStr::from_bytes(argument.as_bytes())).map(drop),
         "listen" => TcpListener::bind(argument).map(drop),
+        "unbound" => listen_unbound(),
         "socket" => socket(argument),
         "pair" => UnixDatagram::pair().map(drop),
         "open" => connect_with_first_bytes(argument),
@@ -184,6 +185,16 @@ fn socket(numbers: &str) -> io::Result<()> {
     let [family, kind, protocol] = numbers[..] else { return Err(Error::other("three numbers make a socket")) };
     // SAFETY: the call takes numbers only.
     check(unsafe { libc::socket(family, kind, protocol) })
+}
+
+/// Listens without `bind`, on a port that the kernel picks.
+fn listen_unbound() -> io::Result<()> {
+    // SAFETY: the calls take numbers only.
+    unsafe {
+        let socket = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+        check(socket)?;
+        check(libc::listen(socket, 1))
+    }
 }
 
 /// Connects with the first message and without `connect` (TCP Fast Open).

@@ -18,6 +18,8 @@ const KNOWN: ABI = ABI::V10;
 
 /// The first version of Landlock that guards the length of files.
 pub(super) const GUARDS_LENGTH: i32 = 3;
+/// The first version of Landlock that guards signals to others.
+pub(super) const GUARDS_SIGNALS: i32 = 6;
 
 /// What Landlock covers, once it is in force.
 pub(super) struct Closed {
@@ -98,11 +100,11 @@ impl ServerRules {
 
 fn server_rules(needs: &ServerNeeds<'_>) -> Result<RulesetCreated, RulesetError> {
     let run = AccessFs::Execute | AccessFs::ReadFile | AccessFs::ReadDir;
-    let folder = needs.program.and_then(Path::parent);
+    let folder = needs.program.and_then(Path::parent).filter(|folder| is_flat(folder));
     let model = Some(PathBeneath::new(needs.model, AccessFs::ReadFile)).filter(|_| !is_in_memory(needs.model));
     with_drivers(nothing()?.add_rules(model.map(Ok::<_, RulesetError>))?)?
         .add_rules(path_beneath_rules(needs.program.iter().flat_map(|program| files_of(program)), run))?
-        // Some look for their libraries in it.
+        // Some look for their libraries in it. The rule holds for folders in it as well, so there may be none.
         .add_rules(path_beneath_rules(folder, AccessFs::ReadDir))?
         .add_rules(path_beneath_rules(PROGRAMS, run))?
         .add_rules(path_beneath_rules(FACTS, AccessFs::ReadFile))?
@@ -169,10 +171,22 @@ const FACTS: [&str; 12] = [
 /// Other files beside it are not the program's: it may lie in somebody's home folder.
 fn files_of(program: &Path) -> Vec<PathBuf> {
     let Some(folder) = program.parent() else { return Vec::new() };
-    let beside = children(folder, |name| name.contains(".so"));
+    let beside = children(folder, is_library).into_iter().filter(|path| path.is_file());
     let installed = folder.parent().filter(|_| folder.ends_with("bin"));
     let installed = installed.into_iter().flat_map(|prefix| ["lib", "lib64"].map(|name| prefix.join(name)));
     [program.to_owned()].into_iter().chain(beside).chain(installed).collect()
+}
+
+/// Returns whether a name is that of a library, such as `libllama.so` and `libggml.so.0.9`.
+fn is_library(name: &str) -> bool {
+    let is_version = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    name.rsplit_once(".so").is_some_and(|(_, rest)| rest.is_empty() || rest.strip_prefix('.').is_some_and(is_version))
+}
+
+/// Returns whether there is no folder in a folder.
+fn is_flat(folder: &Path) -> bool {
+    let Ok(mut entries) = std::fs::read_dir(folder) else { return false };
+    entries.all(|entry| entry.and_then(|entry| entry.file_type()).is_ok_and(|kind| !kind.is_dir()))
 }
 
 /// What drivers do with devices.
@@ -252,14 +266,35 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let bin = folder.path().join("bin");
         std::fs::create_dir(&bin).expect("made");
-        for name in ["llama-server", "libllama.so", "libggml.so.0", "notes", ".ssh"] {
+        for name in ["llama-server", "libllama.so", "libggml.so.0", "notes", ".ssh", "secrets.sops.yaml"] {
             std::fs::write(bin.join(name), "").expect("written");
         }
+        std::fs::create_dir(bin.join("folder.so")).expect("made");
         let mut found = files_of(&bin.join("llama-server"));
         found.sort();
         let expected = ["bin/libggml.so.0", "bin/libllama.so", "bin/llama-server", "lib", "lib64"];
         assert_eq!(found, expected.map(|name| folder.path().join(name)));
         assert_eq!(files_of(&folder.path().join("server")), [folder.path().join("server")]);
+    }
+
+    #[test]
+    fn a_library_is_known_by_the_end_of_its_name() {
+        for name in ["libllama.so", "libggml.so.0", "libstdc++.so.6.0.30", "libggml.so-2.so", "a.cpython-312.so"] {
+            assert!(is_library(name), "{name}");
+        }
+        for name in ["x.sock", "a.sol", "secrets.sops.yaml", "libx.so.", "libx.so.old", "libx.so1", "so", "notes"] {
+            assert!(!is_library(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_folder_is_listed_only_if_no_folder_lies_in_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("llama-server"), "").expect("written");
+        assert!(is_flat(folder.path()));
+        std::fs::create_dir(folder.path().join("documents")).expect("made");
+        assert!(!is_flat(folder.path()));
+        assert!(!is_flat(&folder.path().join("none")));
     }
 
     #[test]

@@ -36,7 +36,11 @@ pub(super) fn enter(rules: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Has the next program start without capabilities, also as root.
 pub(super) fn drop_capabilities() {
-    // More than there are. Whoever is not root has none, and may not drop them.
+    let none: libc::c_ulong = 0;
+    let clear = libc::PR_CAP_AMBIENT_CLEAR_ALL as libc::c_ulong;
+    // SAFETY: the call takes numbers only. A process may always do this.
+    unsafe { libc::prctl(libc::PR_CAP_AMBIENT, clear, none, none, none) };
+    // More than there are. Whoever may not drop them is not root, or is a root with few rights.
     for capability in 0_u64..64 {
         // SAFETY: the call takes numbers only.
         unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };

@@ -288,7 +288,8 @@ const NAMESPACES: [i32; 7] = [
     libc::CLONE_NEWCGROUP,
 ];
 
-/// Calls that a server makes, and an engine does not. Landlock refuses it the signals to others.
+/// Calls that a server makes, and an engine does not. Landlock refuses it the signals to others since Linux 6.12, and
+/// ports of its choice, but not `listen` without a port: the kernel then picks one.
 #[rustfmt::skip]
 const SERVING: &[c_long] = &[
     libc::SYS_socket, libc::SYS_bind, libc::SYS_listen, libc::SYS_accept, libc::SYS_accept4, libc::SYS_sendmsg,
