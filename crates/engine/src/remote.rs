@@ -57,7 +57,7 @@ const CONTEXT_ASSUMED: u32 = 4_096;
 const VECTOR_BYTES_MAX: usize = 128 << 20;
 /// The maximum length of a response with scores, whose texts some servers repeat.
 const SCORE_BYTES_MAX: usize = 32 << 20;
-/// The maximum length of a list of tokens.
+/// The maximum length of a list of tokens, and of their text, of which JSON may write each byte as six.
 const TOKEN_LIST_BYTES_MAX: usize = 128 * LISTED_TOKENS_MAX;
 /// The number of consecutive health checks that a server may miss before its models count as gone.
 const MISSES_MAX: u32 = 2;
@@ -225,7 +225,7 @@ impl RemoteRuntime {
             (PromptInput::Text(text), Dialect::LlamaServer) => llama_prompt(text.as_str().into(), listing, lists),
             (PromptInput::Chat(chat), Dialect::LlamaServer) => {
                 let prompt = body::prompt(chat, attached.dialect)?.into();
-                let mut templated = self.ask(attached, "/apply-template", &prompt).await?;
+                let mut templated = self.ask_tokenizer(attached, "/apply-template", &prompt).await?;
                 llama_prompt(templated["prompt"].take(), listing, lists)
             }
             (PromptInput::Text(text), Dialect::Vllm | Dialect::Sglang) => {
@@ -241,10 +241,7 @@ impl RemoteRuntime {
             body["model"] = attached.name.as_str().into();
             body["return_token_strs"] = lists.into();
         }
-        let bytes_max = TOKEN_LIST_BYTES_MAX;
-        let answer = self.http.post(&attached.server, "/tokenize", &body, bytes_max, self.timeouts.describe).await;
-        let answer = answer.map_err(|error| self.lost(attached, error))?;
-        serde_json::from_slice(&answer).map_err(|_| EngineError::Failed { reason: "the server sent no JSON".into() })
+        self.ask_tokenizer(attached, "/tokenize", &body).await
     }
 
     /// Returns the text of tokens as their server writes it.
@@ -254,7 +251,7 @@ impl RemoteRuntime {
             return Err(unsupported("tokens", problem));
         }
         let body = json!({"model": attached.name, "tokens": tokens});
-        let answer = self.ask(attached, "/detokenize", &body).await?;
+        let answer = self.ask_tokenizer(attached, "/detokenize", &body).await?;
         let text = ["content", "prompt", "text"].into_iter().find_map(|field| answer[field].as_str());
         text.map(str::to_owned).ok_or_else(|| EngineError::Failed { reason: "the server sent no text".into() })
     }
@@ -346,8 +343,14 @@ impl RemoteRuntime {
 
     async fn ask(&self, attached: &Attached, path: &str, body: &Value) -> Result<Value, EngineError> {
         let answer = self.http.ask(&attached.server, path, body, self.timeouts.describe).await;
-        let answer = answer.map_err(|error| self.lost(attached, error))?;
-        serde_json::from_slice(&answer).map_err(|_| EngineError::Failed { reason: "the server sent no JSON".into() })
+        read_json(&answer.map_err(|error| self.lost(attached, error))?)
+    }
+
+    /// Requests tokens or a whole text, which may be long and take as long as a prompt.
+    async fn ask_tokenizer(&self, attached: &Attached, path: &str, body: &Value) -> Result<Value, EngineError> {
+        let (bytes_max, within) = (TOKEN_LIST_BYTES_MAX, self.timeouts.begin);
+        let answer = self.http.post(&attached.server, path, body, bytes_max, within).await;
+        read_json(&answer.map_err(|error| self.lost(attached, error))?)
     }
 }
 
@@ -483,6 +486,10 @@ async fn health_check(http: HttpClient, timeouts: Timeouts, models: Models, atta
 
 fn forget(models: &Models, id: ModelId) -> Option<Arc<Attached>> {
     models.write().remove(&id)
+}
+
+fn read_json(answer: &[u8]) -> Result<Value, EngineError> {
+    serde_json::from_slice(answer).map_err(|_| EngineError::Failed { reason: "the server sent no JSON".into() })
 }
 
 fn failed(error: &HttpError) -> EngineError {

@@ -14,8 +14,9 @@ pub(crate) fn check(input: &Input, messages_max: usize, context_length: u32) -> 
         let message = format!("messages has {count} messages, and at most {messages_max} are taken");
         return Err(WireError::new(ErrorCode::InvalidValue, message).with_param("messages"));
     }
-    let (tokens, param) = tokens_min(input);
-    if context_length > 0 && tokens > context_length as usize {
+    let context = context_length as usize;
+    let (tokens, param) = tokens_min(input, context);
+    if context_length > 0 && tokens > context {
         let message = format!(
             "This model's maximum context length is {context_length} tokens. However, your {param} resulted in at least \
              {tokens} tokens. Please reduce the length of the {param}."
@@ -25,8 +26,9 @@ pub(crate) fn check(input: &Input, messages_max: usize, context_length: u32) -> 
     Ok(())
 }
 
-/// Returns a lower bound on the tokens of an input's longest text, and the name of its field.
-fn tokens_min(input: &Input) -> (usize, &'static str) {
+/// Returns a lower bound on the tokens of an input's longest text, and the name of its field. A query that exceeds the
+/// context by itself is blamed alone.
+fn tokens_min(input: &Input, context: usize) -> (usize, &'static str) {
     let of_text = |text: &str| text.len().div_ceil(TOKEN_BYTES_MAX);
     let of_embed = |text: &EmbedInput| match text {
         EmbedInput::Text(text) => of_text(text),
@@ -37,9 +39,12 @@ fn tokens_min(input: &Input) -> (usize, &'static str) {
         let of_message = |message: &Message| of_text(&message.content);
         (messages.iter().map(of_message).sum(), "messages")
     } else if let Some(texts) = &input.embed {
-        let query = input.query.as_deref().map(of_text);
-        let param = if query.is_some() { "documents" } else { "input" };
-        (texts.iter().map(of_embed).max().unwrap_or_default() + query.unwrap_or_default(), param)
+        let longest = texts.iter().map(of_embed).max().unwrap_or_default();
+        match input.query.as_deref().map(of_text) {
+            Some(query) if query > context => (query, "query"),
+            Some(query) => (longest + query, "documents"),
+            None => (longest, "input"),
+        }
     } else if let Some(prompts) = &input.prompts {
         (prompts.iter().map(of_embed).max().unwrap_or_default(), "prompt")
     } else {
@@ -76,6 +81,10 @@ mod tests {
         let text = |bytes: usize| "x".repeat(bytes);
         let prompt = |bytes| Input { prompt: Some(text(bytes)), ..Input::default() };
         let embed = |texts| Input { embed: Some(texts), ..Input::default() };
+        let rank = |query: usize, document: usize| {
+            let query = Some(text(query * TOKEN_BYTES_MAX));
+            Input { query, ..embed(vec![EmbedInput::Text(text(document * TOKEN_BYTES_MAX))]) }
+        };
         for (input, expected) in [
             // Each message is at least one token, and a token may be long.
             (chat(512, "a"), None),
@@ -90,6 +99,11 @@ mod tests {
             (embed(vec![EmbedInput::Text(text(512 * 1024)); 3]), None),
             (embed(vec![EmbedInput::Text(text(512 * 1024 + 1))]), too_long("input")),
             (embed(vec![EmbedInput::Tokens(vec![1; 513])]), too_long("input")),
+            // A query is read with each document.
+            (rank(256, 256), None),
+            (rank(256, 257), too_long("documents")),
+            (rank(512, 1), too_long("documents")),
+            (rank(513, 1), too_long("query")),
         ] {
             assert_eq!(refused(&input, 2_048, 512), expected);
             assert_eq!(refused(&input, 2_048, 0), None, "nobody knows the context");

@@ -8,6 +8,8 @@ use protocol::usage::TokenUsage;
 
 /// Tokens that a chat template and a model's own system prompt may add to a conversation.
 const TEMPLATE_TOKENS_MAX: u32 = 2_048;
+/// Tokens that a reranker's template may add to each pair of a query and a text.
+const PAIR_TOKENS_MAX: usize = 256;
 /// Tokens that a tokenizer may add to any other prompt.
 const SPECIAL_TOKENS_MAX: u32 = 16;
 /// A count that cannot be checked is a lie if it is this many times the bound. Servers count in ways of their own.
@@ -56,13 +58,9 @@ impl Bounds {
         let context = if context_length == 0 { TOKENS_MAX } else { context_length.min(TOKENS_MAX) };
         let request_bytes = u32::try_from(request_bytes).unwrap_or(u32::MAX);
         let added = if input.messages.is_some() { TEMPLATE_TOKENS_MAX } else { SPECIAL_TOKENS_MAX };
-        // A query is evaluated once for each text.
-        let query =
-            input.query.as_ref().map_or(0, String::len).saturating_mul(input.embed.as_ref().map_or(0, Vec::len));
         // A token has at least one byte.
-        let from_text = request_bytes.saturating_add(added).saturating_add(u32::try_from(query).unwrap_or(u32::MAX));
-        let prompts = input.prompts.as_ref().map_or(1, Vec::len).max(input.embed.as_ref().map_or(1, Vec::len)) as u32;
-        let prompt_tokens = from_text.min(context.saturating_mul(prompts));
+        let from_text = request_bytes.saturating_add(added).saturating_add(pair_tokens(input));
+        let prompt_tokens = from_text.min(context.saturating_mul(prompts(input)));
         let completion_tokens = if input.embed.is_some() || input.count_only {
             0
         } else {
@@ -81,6 +79,20 @@ impl Bounds {
         let has_echo = input.echo;
         Self { prompt_tokens, completion_tokens, answer_tokens, bytes, sequence_tokens, context_length, has_echo }
     }
+}
+
+/// Returns the most tokens that ranking adds to those of the request: a reranker reads the query with each text.
+fn pair_tokens(input: &Input) -> u32 {
+    let Some(query) = &input.query else { return 0 };
+    let texts = input.embed.as_ref().map_or(0, Vec::len);
+    u32::try_from(texts.saturating_mul(query.len().saturating_add(PAIR_TOKENS_MAX))).unwrap_or(u32::MAX)
+}
+
+/// Returns the most prompts with a context of their own. A model made for embeddings reads the query by itself.
+fn prompts(input: &Input) -> u32 {
+    let texts = input.embed.as_ref().map_or(1, Vec::len).saturating_add(usize::from(input.query.is_some()));
+    let prompts = input.prompts.as_ref().map_or(1, Vec::len).max(texts);
+    u32::try_from(prompts).unwrap_or(u32::MAX)
 }
 
 impl Bounds {
@@ -228,12 +240,26 @@ mod tests {
         let of = |input: &Input| Bounds::limited(input, None, 1_000, 0);
         let vectors = of(&Input { embed: texts(3), ..Input::default() });
         let scores = of(&Input { embed: texts(3), query: Some("x".repeat(100)), ..Input::default() });
-        assert_eq!(scores.prompt_tokens - vectors.prompt_tokens, 300);
+        assert_eq!(scores.prompt_tokens - vectors.prompt_tokens, 3 * (100 + 256));
         let counted = Input { prompt: Some("x".into()), count_only: true, ..Input::default() };
         let listing = protocol::infer::TokenListing { add_special: true, parse_special: true };
         let listed = Input { list_tokens: Some(listing), ..counted.clone() };
         assert_eq!(of(&counted).bytes, OTHER_BYTES_MAX);
         assert!(of(&listed).bytes > OTHER_BYTES_MAX + 64 * 1_000 && of(&listed).completion_tokens == 0);
+    }
+
+    #[test]
+    fn an_honest_ranking_is_possible_and_billed_in_full() {
+        // A short query and short texts, and a template of 75 tokens around each pair.
+        let input = Input { embed: Some(vec![text(); 100]), query: Some("q".into()), ..Input::default() };
+        let ranked = usage(100 * (75 + 2), 0, 0, 0);
+        let meter = Meter::new(Bounds::limited(&input, None, 600, 8_192));
+        assert!(!meter.is_impossible(ranked));
+        assert_eq!(meter.bounded(ranked), ranked);
+        // The query and the only text each fill a context.
+        let input = Input { embed: Some(vec![text()]), query: Some("q".repeat(2_000)), ..Input::default() };
+        let filled = usage(2 * 512, 0, 0, 0);
+        assert_eq!(Meter::new(Bounds::limited(&input, None, 4_000, 512)).bounded(filled), filled);
     }
 
     fn text() -> protocol::infer::EmbedInput {

@@ -226,6 +226,21 @@ async fn tokens_and_their_text_are_those_of_the_server() {
 }
 
 #[tokio::test]
+async fn the_longest_text_of_tokens_may_be_written_with_escapes() {
+    let server = FakeServer::start(|path, _| match path {
+        "/v1/models" => Reply::Json(200, r#"{"object":"list","data":[{"id":"m","owned_by":"llamacpp"}]}"#.into()),
+        "/detokenize" => Reply::Json(200, format!(r#"{{"content":"{}"}}"#, r"\u0001".repeat(1 << 20))),
+        _ => Reply::Json(404, "{}".into()),
+    })
+    .await;
+    let runtime = RemoteRuntime::default();
+    let id = attach(&runtime, &server, "m").await.id;
+    let listing = TokenListing { add_special: false, parse_special: false };
+    let listed = runtime.list_tokens(id, &PromptInput::Tokens(vec![7]), listing).await.expect("listed");
+    assert_eq!((listed.len(), listed[0].bytes.len()), (1, 1 << 20));
+}
+
+#[tokio::test]
 async fn rerankers_are_told_from_embedding_models_and_writers_by_what_they_answer() {
     const SCORES: &str = r#"{"results":[{"index":0,"relevance_score":0.5}],"usage":{"total_tokens":4}}"#;
     const VECTORS: &str = r#"{"data":[{"index":0,"embedding":[3.0,4.0]}]}"#;

@@ -127,6 +127,17 @@ pub(super) async fn collect(
     response_headers: ResponseHeaders,
     write: impl FnOnce(&Answer, &Whole) -> Result<Response<Body>, WireError>,
 ) -> Response<Body> {
+    collect_or(bridge, opening, response_headers, write, |error| error).await
+}
+
+/// Waits for the whole answer and builds its response. `named` changes an error to the client's words.
+pub(super) async fn collect_or(
+    bridge: &Bridge,
+    opening: Opening,
+    response_headers: ResponseHeaders,
+    write: impl FnOnce(&Answer, &Whole) -> Result<Response<Body>, WireError>,
+    named: impl FnOnce(WireError) -> WireError,
+) -> Response<Body> {
     let collected = async {
         let mut answer = opening.await?;
         let whole = answer.collect().await?;
@@ -137,7 +148,7 @@ pub(super) async fn collect(
             response_headers.add(bridge, response.headers_mut(), Some(&facts));
             response
         }
-        Err(error) => response_headers.failure(bridge, &error),
+        Err(error) => response_headers.failure(bridge, &named(error)),
     }
 }
 

@@ -2,15 +2,15 @@
 
 pub(super) mod stored;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::pin::pin;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use http::{HeaderValue, Response, header};
-use protocol::kept::{KeptRef, KeptStatus, NOTE_BYTES_MAX};
-use protocol::{CorrelationId, ErrorCode, TenantId, WireError};
+use protocol::kept::{KeptAnswer, KeptRef, KeptStatus, NOTE_BYTES_MAX};
+use protocol::{CorrelationId, ErrorCode, PublicKey, TenantId, WireError};
 
 use super::errors::ApiError;
 use super::extract::Bridge;
@@ -24,6 +24,9 @@ use crate::responses::request::{self, ResponseRequest, ResponseRequestBody};
 use crate::responses::response::events::Events;
 use crate::responses::response::{self, Heading};
 
+/// The most bytes of notes that are read for the items to which one request refers. Each note contains the conversation
+/// up to its answer, so that they repeat each other.
+const REFERRED_NOTES_BYTES_MAX: usize = 8 * NOTE_BYTES_MAX;
 /// How many stored responses are read at the same time for one request.
 const READS_AT_ONCE: usize = 8;
 
@@ -91,48 +94,76 @@ async fn prepare(bridge: &Bridge, request: &mut ParsedRequest<ResponseRequest>) 
 async fn earlier_items(bridge: &Bridge, tenant_id: TenantId, previous: &str) -> Result<Vec<Item>, WireError> {
     const PARAM: &str = "previous_response_id";
     let correlation_id = note::job_of(previous).map_err(|error| of_param(error, PARAM))?;
-    let (mut items, answer) = stored_conversation(bridge, tenant_id, correlation_id, PARAM).await?;
+    let stored = StoredResponse::find(bridge, tenant_id, correlation_id, PARAM.to_owned()).await?;
+    let (mut items, answer) = stored.read(bridge).await?;
     items.extend(answer);
     Ok(items)
 }
 
-/// Returns the items of the answers of stored responses, by their ids.
+/// Returns the items of the answers of stored responses, by their ids. `jobs` has the index of a reference to each.
 async fn stored_items(
     bridge: &Bridge,
     tenant_id: &TenantId,
-    jobs: BTreeSet<CorrelationId>,
+    jobs: BTreeMap<CorrelationId, usize>,
 ) -> Result<BTreeMap<String, Item>, WireError> {
-    let read = |job| stored_conversation(bridge, tenant_id.clone(), job, "input");
-    let mut answers = pin!(stream::iter(jobs).map(read).buffered(READS_AT_ONCE));
+    let find = |(job, index)| StoredResponse::find(bridge, tenant_id.clone(), job, request::id_param(index));
+    let mut note_bytes = 0;
+    let found = stream::iter(jobs).map(find).buffered(READS_AT_ONCE).map(|stored| {
+        let stored = stored?;
+        count(&mut note_bytes, stored.answer.note.len(), REFERRED_NOTES_BYTES_MAX, "requests")?;
+        Ok::<_, WireError>(stored.read(bridge))
+    });
+    let mut answers = pin!(found.try_buffered(READS_AT_ONCE));
     let (mut items, mut bytes) = (BTreeMap::new(), 0);
     while let Some((_, answer)) = answers.try_next().await? {
-        bytes += answer.iter().map(Item::bytes).sum::<usize>();
-        if bytes > NOTE_BYTES_MAX {
-            let what = format!("refers to more than {NOTE_BYTES_MAX} bytes of stored answers");
-            return Err(invalid("input", &what));
-        }
+        count(&mut bytes, answer.iter().map(Item::bytes).sum(), NOTE_BYTES_MAX, "answers")?;
         items.extend(answer.into_iter().filter_map(|item| Some((item.id.clone()?, item))));
     }
     Ok(items)
 }
 
-/// Returns the items that a stored response was generated from, and those of its answer.
-async fn stored_conversation(
-    bridge: &Bridge,
-    tenant_id: TenantId,
-    correlation_id: CorrelationId,
-    param: &str,
-) -> Result<(Vec<Item>, Vec<Item>), WireError> {
-    let kept = KeptRef { tenant_id, correlation_id };
-    let (keeper, answer) = bridge.gateway.kept(&kept).await.map_err(|error| of_param(error, param))?;
-    if answer.status != KeptStatus::Completed {
-        return Err(invalid(param, "names a response that is not complete"));
+/// Adds to the bytes of what a request refers to, and refuses more than `max`.
+fn count(bytes: &mut usize, more: usize, max: usize, what: &str) -> Result<(), WireError> {
+    *bytes += more;
+    if *bytes <= max {
+        return Ok(());
     }
-    let mut note = Note::read(&answer.note)?;
-    let read = bridge.gateway.read_kept(keeper, &kept).await.map_err(|error| of_param(error, param))?;
-    let earlier = std::mem::take(&mut note.items);
-    let answer = response::items_of(&Heading::of_kept(correlation_id, note, answer.created_at), &read.whole);
-    Ok((earlier, answer))
+    Err(invalid("input", &format!("refers to more than {max} bytes of stored {what}")))
+}
+
+/// A stored response that is complete, before its note is parsed and its answer is read.
+struct StoredResponse {
+    kept: KeptRef,
+    keeper: PublicKey,
+    answer: KeptAnswer,
+    /// The parameter that names the response.
+    param: String,
+}
+
+impl StoredResponse {
+    async fn find(
+        bridge: &Bridge,
+        tenant_id: TenantId,
+        correlation_id: CorrelationId,
+        param: String,
+    ) -> Result<Self, WireError> {
+        let kept = KeptRef { tenant_id, correlation_id };
+        let (keeper, answer) = bridge.gateway.kept(&kept).await.map_err(|error| of_param(error, &param))?;
+        if answer.status != KeptStatus::Completed {
+            return Err(invalid(&param, "names a response that is not complete"));
+        }
+        Ok(Self { kept, keeper, answer, param })
+    }
+
+    /// Returns the items that the response was generated from, and those of its answer.
+    async fn read(self, bridge: &Bridge) -> Result<(Vec<Item>, Vec<Item>), WireError> {
+        let Self { kept, keeper, answer, param } = self;
+        let mut note = Note::read(&answer.note)?;
+        let read = bridge.gateway.read_kept(keeper, &kept).await.map_err(|error| of_param(error, &param))?;
+        let earlier = std::mem::take(&mut note.items);
+        let answer = response::items_of(&Heading::of_kept(kept.correlation_id, note, answer.created_at), &read.whole);
+        Ok((earlier, answer))
+    }
 }
 
 /// Blames a parameter for a stored response that does not exist.
@@ -177,4 +208,18 @@ fn json(written: serde_json::Result<Vec<u8>>) -> Result<Response<Body>, WireErro
 fn kept_ref(tenant_id: TenantId, id: &str) -> Result<KeptRef, WireError> {
     let correlation_id: CorrelationId = note::job_of(id)?;
     Ok(KeptRef { tenant_id, correlation_id })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_request_refers_to_is_bounded_in_sum() {
+        let mut bytes = 0;
+        assert_eq!(count(&mut bytes, 6, 10, "answers"), Ok(()));
+        assert_eq!(count(&mut bytes, 4, 10, "answers"), Ok(()));
+        let error = count(&mut bytes, 1, 10, "answers").expect_err("too much");
+        assert_eq!((error.code, error.param.as_deref()), (ErrorCode::InvalidValue, Some("input")));
+    }
 }

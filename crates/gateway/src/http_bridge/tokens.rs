@@ -61,8 +61,8 @@ async fn list(bridge: &Bridge, request: Request) -> Response<Body> {
         Err(response) => return response,
     };
     let ParsedRequest { context, rate, admitted, parsed, .. } = request;
-    let Tokenizing { job, with_pieces, with_texts } = parsed;
-    run(bridge, context, rate, admitted, job, |answer, whole| {
+    let Tokenizing { job, param, with_pieces, with_texts } = parsed;
+    run(bridge, (context, rate), admitted, (job, param), |answer, whole| {
         let list = TokenList::of(whole, answer.model().context_length, with_pieces, with_texts);
         Ok(errors::json(&list.ok_or_else(unlisted)?))
     })
@@ -75,18 +75,18 @@ async fn join(bridge: &Bridge, request: Request) -> Response<Body> {
         Err(response) => return response,
     };
     let ParsedRequest { context, rate, admitted, parsed: job, .. } = request;
-    run(bridge, context, rate, admitted, job, |_, whole| {
+    run(bridge, (context, rate), admitted, (job, request::DETOKENIZE_PARAM), |_, whole| {
         Ok(errors::json(&DetokenizedText::of(whole).ok_or_else(unlisted)?))
     })
     .await
 }
 
+/// Runs a job whose prompt the client sent in the field `param`.
 async fn run(
     bridge: &Bridge,
-    context: RequestContext,
-    rate: Verdict,
+    (context, rate): (RequestContext, Verdict),
     admitted: AdmittedRequest,
-    job: Job,
+    (job, param): (Job, &'static str),
     write: impl FnOnce(&Answer, &Whole) -> Result<Response<Body>, WireError>,
 ) -> Response<Body> {
     let (admitted, job) = match job::identify(bridge, context, admitted, job, false) {
@@ -94,7 +94,8 @@ async fn run(
         Err(response) => return *response,
     };
     let response_headers = ResponseHeaders::new(context, &job, rate);
-    job::collect(bridge, job::open(bridge, admitted, job), response_headers, write).await
+    let named = |error| request::of_param(error, param);
+    job::collect_or(bridge, job::open(bridge, admitted, job), response_headers, write, named).await
 }
 
 fn unlisted() -> WireError {

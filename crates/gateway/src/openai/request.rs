@@ -22,7 +22,9 @@ pub(crate) use format::of_schema;
 pub(crate) use message::{Content, Part, join};
 pub(crate) use rerank::{RerankRequest, Reranking, parse_rerank};
 pub(crate) use texts::{Stop, Texts};
-pub(crate) use tokens::{DetokenizeRequest, TokenizeRequest, Tokenizing, parse_detokenize, parse_tokenize};
+pub(crate) use tokens::{
+    DETOKENIZE_PARAM, DetokenizeRequest, TokenizeRequest, Tokenizing, of_param, parse_detokenize, parse_tokenize,
+};
 pub(crate) use tools::{OfferedTool, check_parameters, tools};
 
 /// Maximum tokens of a text completion without a limit; OpenAI's default.

@@ -5,7 +5,7 @@
 mod body;
 mod tools;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use protocol::{CorrelationId, WireError};
 use serde::{Deserialize, Serialize};
@@ -44,10 +44,13 @@ pub struct ResponseRequest {
 }
 
 impl ResponseRequest {
-    /// Returns the jobs of the stored responses whose items the request refers to.
-    pub(crate) fn referred(&self) -> Result<BTreeSet<CorrelationId>, WireError> {
-        let job = |(index, id)| note::job_of_item(id).ok_or_else(|| not_stored(index));
-        let jobs: BTreeSet<_> = self.references().map(job).collect::<Result<_, _>>()?;
+    /// Returns the jobs of the stored responses whose items the request refers to, each with the index of its first
+    /// reference.
+    pub(crate) fn referred(&self) -> Result<BTreeMap<CorrelationId, usize>, WireError> {
+        let mut jobs = BTreeMap::new();
+        for (index, id) in self.references() {
+            jobs.entry(note::job_of_item(id).ok_or_else(|| not_stored(index))?).or_insert(index);
+        }
         if jobs.len() <= REFERRED_MAX {
             return Ok(jobs);
         }
@@ -96,7 +99,12 @@ impl ResponseRequest {
 
 fn not_stored(index: usize) -> WireError {
     let what = "refers to no item of a stored response; it may have expired, been deleted, or be referred to twice";
-    invalid(&format!("input[{index}].id"), what)
+    invalid(&id_param(index), what)
+}
+
+/// Returns the name of an item's id in errors.
+pub(crate) fn id_param(index: usize) -> String {
+    format!("input[{index}].id")
 }
 
 /// Parses the body of `POST /v1/responses`.

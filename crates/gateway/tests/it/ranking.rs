@@ -82,6 +82,24 @@ async fn tokens_are_listed_as_vllm_and_llama_server_list_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_names_the_field_that_the_client_sent() {
+    let network = Network::start().await;
+    let long = "a".repeat(3 * 1024 * 1024);
+    for (path, field, value) in [
+        ("/detokenize", "tokens", json!(vec![1; 2049])),
+        ("/tokenize", "content", json!(long)),
+        ("/tokenize", "prompt", json!(long)),
+    ] {
+        let response = network.post(path, &json!({"model": "tiny", field: value})).send().await.expect("answered");
+        expect_error(response, 400, "context_length_exceeded", Some(field)).await;
+    }
+    let body = json!({"model": "tiny", "query": long, "documents": ["a"]});
+    let response = network.post("/v1/rerank", &body).send().await.expect("answered");
+    expect_error(response, 400, "context_length_exceeded", Some("query")).await;
+    network.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_does_not_exist_here_is_refused_by_name() {
     let network = Network::start().await;
     for path in ["/v1/moderations", "/v1/images/generations", "/v1/audio/transcriptions", "/v1/threads/t/runs"] {

@@ -164,14 +164,14 @@ async fn an_item_of_a_stored_response_is_named_by_its_id() {
     for (input, param) in [
         (json!([reference, reference]), "input[1].id"),
         (json!([{"type": "item_reference", "id": "msg_1"}]), "input[0].id"),
-        (json!([{"type": "item_reference", "id": format!("msg_{:032}00", 7)}]), "input"),
+        (json!([{"type": "item_reference", "id": format!("msg_{:032}00", 7)}]), "input[0].id"),
     ] {
         let response = network.post(PATH, &body("", json!({"input": input}))).send().await.expect("answered");
         expect_error(response, 400, "invalid_value", Some(param)).await;
     }
     network.stored(Method::DELETE, first["id"].as_str().expect("an id"), 1).await;
     let gone = network.post(PATH, &body("", json!({"input": [user("hi"), reference]}))).send().await.expect("answered");
-    expect_error(gone, 400, "invalid_value", Some("input")).await;
+    expect_error(gone, 400, "invalid_value", Some("input[1].id")).await;
     network.end().await;
 }
 

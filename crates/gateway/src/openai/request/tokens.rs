@@ -12,10 +12,15 @@ use crate::catalog;
 use crate::job::Job;
 use crate::json_body::{invalid, missing, read, renamed};
 
+/// The field of `POST /detokenize` that contains the tokens.
+pub(crate) const DETOKENIZE_PARAM: &str = "tokens";
+
 /// A parsed request for the tokens of a prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Tokenizing {
     pub(crate) job: Job,
+    /// The field that contains the text or the conversation.
+    pub(crate) param: &'static str,
     /// Whether each token comes in an object with its text, as in llama-server.
     pub(crate) with_pieces: bool,
     /// Whether the texts of the tokens come in a list of their own, as in vLLM.
@@ -67,19 +72,30 @@ pub(crate) fn parse_tokenize(bytes: &[u8]) -> Result<Tokenizing, WireError> {
     let TokenizeRequest { model, content, prompt, messages, .. } = request;
     let add_special = request.add_special.or(request.add_special_tokens).unwrap_or(content.is_none());
     let listing = TokenListing { add_special, parse_special: request.parse_special.unwrap_or(true) };
-    let job = match (content, prompt, messages) {
+    let of_text = |text: String| {
+        let (model, _) = catalog::parse_named(model.as_deref())?;
+        listed(model, Input { prompt: Some(text), ..Input::default() }, listing)
+    };
+    let (param, job) = match (content, prompt, messages) {
         (None, None, Some(_)) => {
             let job = parse_chat(bytes)?.job;
-            listed(job.model, job.input, listing)?
+            ("messages", listed(job.model, job.input, listing))
         }
-        (Some(text), None, None) | (None, Some(text), None) => {
-            let (model, _) = catalog::parse_named(model.as_deref())?;
-            listed(model, Input { prompt: Some(text), ..Input::default() }, listing)?
-        }
+        (Some(text), None, None) => ("content", of_text(text)),
+        (None, Some(text), None) => ("prompt", of_text(text)),
         _ => return Err(invalid("prompt", "or content or messages must be given, and only one of them")),
     };
-    let (with_pieces, with_texts) = (request.with_pieces, request.return_token_strs);
-    Ok(Tokenizing { job, with_pieces: with_pieces.unwrap_or(false), with_texts: with_texts.unwrap_or(false) })
+    Ok(Tokenizing {
+        job: job.map_err(|problem| of_param(problem, param))?,
+        param,
+        with_pieces: request.with_pieces.unwrap_or(false),
+        with_texts: request.return_token_strs.unwrap_or(false),
+    })
+}
+
+/// Blames the field that contains the prompt of a request for tokens, as its client names it.
+pub(crate) fn of_param(error: WireError, param: &str) -> WireError {
+    ["prompt", "input"].into_iter().fold(error, |error, ours| renamed(error, ours, param))
 }
 
 /// Parses the body of `POST /detokenize`.
@@ -88,7 +104,7 @@ pub(crate) fn parse_detokenize(bytes: &[u8]) -> Result<Job, WireError> {
     let (model, _) = catalog::parse_named(model.as_deref())?;
     let input = Input { prompt_tokens: Some(tokens.ok_or_else(|| missing("tokens"))?), ..Input::default() };
     let listing = TokenListing { add_special: false, parse_special: false };
-    listed(model, input, listing).map_err(|problem| renamed(problem, "prompt", "tokens"))
+    listed(model, input, listing).map_err(|problem| of_param(problem, DETOKENIZE_PARAM))
 }
 
 fn listed(model: ModelRef, input: Input, listing: TokenListing) -> Result<Job, WireError> {
@@ -122,6 +138,9 @@ mod tests {
         assert!(!listing(&json!({"model": "m", "content": "a", "parse_special": false})).parse_special);
         let input = tokenize(&json!({"model": "m", "content": ""})).expect("well formed").job.input;
         assert_eq!((input.prompt.as_deref(), input.count_only), (Some(""), true));
+        for param in ["content", "prompt"] {
+            assert_eq!(tokenize(&json!({"model": "m", param: "a"})).expect("well formed").param, param);
+        }
     }
 
     #[test]
@@ -129,11 +148,24 @@ mod tests {
         let messages = json!([{"role": "user", "content": "hi"}]);
         let tools = json!([{"type": "function", "function": {"name": "f"}}]);
         let asked = json!({"model": "m", "messages": messages, "tools": tools, "with_pieces": true, "n": 3});
-        let Tokenizing { job, with_pieces, with_texts } = tokenize(&asked).expect("well formed");
+        let Tokenizing { job, with_pieces, with_texts, .. } = tokenize(&asked).expect("well formed");
         assert_eq!((job.input.messages.map(|all| all.len()), job.input.tools.len(), job.input.n), (Some(1), 1, None));
         assert_eq!((with_pieces, with_texts), (true, false));
         let error = tokenize(&json!({"model": "m", "messages": [{"role": "user"}]})).expect_err("no content");
         assert_eq!(error.param.as_deref(), Some("messages[0].content"));
+    }
+
+    #[test]
+    fn an_engines_refusal_names_the_field_of_the_client() {
+        let refusal = |ours: &str| {
+            let message = format!("{ours} is not supported: there is no token 7");
+            of_param(WireError::new(ErrorCode::UnsupportedParameter, message).with_param(ours), DETOKENIZE_PARAM)
+        };
+        for (ours, named) in [("prompt", "tokens"), ("input", "tokens"), ("model", "model")] {
+            let error = refusal(ours);
+            assert_eq!(error.param.as_deref(), Some(named));
+            assert_eq!(error.message, format!("{named} is not supported: there is no token 7"));
+        }
     }
 
     #[test]

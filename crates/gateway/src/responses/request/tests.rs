@@ -149,6 +149,16 @@ fn the_format_of_the_answer_is_a_constraint() {
 }
 
 #[test]
+fn each_response_is_read_once_and_blamed_where_it_is_first_referred_to() {
+    let reference =
+        |job: u128, item: usize| json!({"type": "item_reference", "id": format!("msg_{job:032x}{item:02}")});
+    let input = json!([reference(9, 0), reference(7, 0), reference(9, 1)]);
+    let referred = parse(json!({"input": input})).expect("well formed").referred().expect("jobs");
+    let referred: Vec<_> = referred.into_iter().map(|(job, index)| (job.0.as_u128(), id_param(index))).collect();
+    assert_eq!(referred, [(7, "input[1].id".to_owned()), (9, "input[0].id".to_owned())]);
+}
+
+#[test]
 fn what_is_not_supported_is_refused_by_name() {
     use ErrorCode::{InvalidValue, UnsupportedParameter};
     let item = |item: Value| json!({ "input": [item] });
