@@ -85,7 +85,8 @@ pub struct HealthReport {
     pub not_after: UnixMillis,
 }
 
-/// Whether a worker on a machine that people work on takes jobs. Says nothing of the reason.
+/// Whether a worker on a machine that people work on takes jobs. Says nothing of the reason. A word that this version
+/// does not know reads as `paused`, so that a later version's report is not lost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Activity {
@@ -95,6 +96,7 @@ pub enum Activity {
     /// It takes jobs that find room on no other worker.
     Deprioritised,
     /// It takes no new jobs, and other workers continue its answers. It stays in the network.
+    #[serde(other)]
     Paused,
 }
 
@@ -144,9 +146,10 @@ impl HealthReport {
     }
 
     /// Returns whether the worker probably has the file with this digest, which belongs to one of `models` or to one of
-    /// their adapters. Adapter files are not reported, so the worker may lack one.
+    /// their adapters, and gives it to others. Adapter files are not reported, so the worker may lack one.
     pub fn has_file(&self, digest: &Digest, models: &[ModelKey]) -> bool {
-        models.iter().filter(|key| self.supported.contains(key) && !self.to_fetch.contains(key)).any(|key| {
+        let is_here = |key: &&ModelKey| self.supported.contains(key) && !self.to_fetch.contains(key);
+        self.activity != Activity::Paused && models.iter().filter(is_here).any(|key| {
             // A model of the same name on an adopted server has no file.
             let cached = self.model_cache.iter().find(|cached| cached.key == *key);
             cached.is_none_or(|cached| cached.attested || cached.digest == *digest)
@@ -370,6 +373,17 @@ mod tests {
         let read = |more| codec::decode::<CachedModel>(model(more).as_bytes()).expect("it reads").attested;
         assert!(read(""));
         assert!(!read(r#","attested":false"#));
+    }
+
+    #[test]
+    fn a_state_of_a_later_version_reads_as_paused() {
+        let read = |word: &str| codec::decode::<Activity>(format!("{word:?}").as_bytes());
+        for state in [Activity::Accepting, Activity::Deprioritised, Activity::Paused] {
+            assert_eq!(read(state.as_str()), Ok(state));
+            assert_eq!(codec::encode(&state), format!("{:?}", state.as_str()).into_bytes());
+        }
+        assert_eq!(read("dreaming"), Ok(Activity::Paused));
+        assert!(codec::decode::<Activity>(b"7").is_err());
     }
 
     #[test]

@@ -81,7 +81,9 @@ impl ActivityWatch {
         let was_paused = self.standing.activity() == Activity::Paused;
         self.standing.set_activity(activity);
         self.changes.send_replace(());
-        if was_paused {
+        if activity == Activity::Paused {
+            self.loader.hold_loads();
+        } else if was_paused {
             self.loader.restore_memory();
         }
     }

@@ -311,6 +311,7 @@ impl BaseWorker {
             let watch = AdoptionWatch::new(adoption, client.clone(), directory.clone(), loader.clone(), adopted);
             tasks.spawn(watch.run(keepers_stop.clone()));
         }
+        let activity_stop = life.child_token();
         if config.activity.has_rules() {
             let watch = ActivityWatch {
                 rules: config.activity.clone(),
@@ -320,7 +321,7 @@ impl BaseWorker {
                 loader: loader.clone(),
                 changes: changes.clone(),
             };
-            tasks.spawn(watch.run(keepers_stop.clone()));
+            tasks.spawn(watch.run(activity_stop.clone()));
         }
         let meter_stop = life.child_token();
         tasks.spawn(meter(handlers.clone(), EngineMeter::new(metrics), meter_stop.clone()));
@@ -337,6 +338,7 @@ impl BaseWorker {
 
         stop.cancelled().await;
         info!(jobs = guard.count(), "the worker is stopping");
+        activity_stop.cancel();
         standing.stop();
         changes.send_replace(());
         if time::timeout(config.drain(), guard.empty()).await.is_err() {
@@ -497,6 +499,10 @@ impl Service {
     }
 
     async fn give_artifact(self: Arc<Self>, call: StreamCall) {
+        // The connection may be what the worker spares.
+        if self.handlers.standing.activity() == Activity::Paused {
+            return refuse(call, self.handlers.standing.refusal()).await;
+        }
         self.artifacts.serve(call, async |digest| Ok(self.listed.names_of(&digest))).await;
     }
 

@@ -79,6 +79,8 @@ pub(crate) struct ModelLoader {
     fetcher: Fetcher,
     metrics: Metrics,
     changes: watch::Sender<()>,
+    /// False while the worker is paused.
+    may_load: watch::Sender<bool>,
     /// Verification waits for the disk.
     disk: DiskCalls,
     /// One task for each model.
@@ -193,8 +195,22 @@ impl ModelLoader {
     ) -> Self {
         let artifacts = fetcher.store().clone();
         let (disk, keepers, life) = (DiskCalls::on_threads(), TaskTracker::new(), CancellationToken::new());
-        let vram = OnceLock::new();
-        Self { cache, options, vram, runtime, remote, artifacts, fetcher, metrics, changes, disk, keepers, life }
+        let (vram, may_load) = (OnceLock::new(), watch::Sender::new(true));
+        Self {
+            cache,
+            options,
+            vram,
+            runtime,
+            remote,
+            artifacts,
+            fetcher,
+            metrics,
+            changes,
+            may_load,
+            disk,
+            keepers,
+            life,
+        }
     }
 
     pub(crate) fn with_disk_calls(self, disk: DiskCalls) -> Self {
@@ -281,6 +297,11 @@ impl ModelLoader {
         }
     }
 
+    /// From now on loads no model.
+    pub(crate) fn hold_loads(&self) {
+        self.may_load.send_replace(false);
+    }
+
     /// Unloads the models that no job uses, also pinned ones.
     pub(crate) fn clear_memory(&self) {
         for entry in self.cache.entries().iter().filter(|entry| entry.loaded().is_some()) {
@@ -288,9 +309,11 @@ impl ModelLoader {
         }
     }
 
-    /// Loads the models again that are in memory without any job asking for them.
+    /// Loads models again, at once those that are in memory without any job asking for them.
     pub(crate) fn restore_memory(self: &Arc<Self>) {
-        for entry in self.cache.entries().iter().filter(|entry| self.preloads(entry)) {
+        self.may_load.send_replace(true);
+        let is_kept = |entry: &&Arc<Entry>| self.preloads(entry) || entry.facts().is_pinned;
+        for entry in self.cache.entries().iter().filter(is_kept) {
             self.bring(entry, None);
         }
     }
@@ -518,6 +541,8 @@ impl ModelLoader {
                     () = self.offer_unloaded(entry), if !is_offered => {}
                 }
             }
+            // The sender lives as long as this loader.
+            let _ = self.may_load.subscribe().wait_for(|may| *may).await;
             if !matches!(*entry.status.borrow(), Status::Loading(_)) {
                 self.set(entry, Status::Loading(Load::begin(took)));
             }

@@ -56,11 +56,14 @@ impl Standing {
     }
 
     pub(crate) fn set_activity(&self, activity: Activity) {
-        *self.activity.lock() = activity;
-        let mut give_up = self.give_up.lock();
-        if activity != Activity::Paused && give_up.is_cancelled() {
-            *give_up = self.life.child_token();
+        // Before any job can be taken, because the old token would hand it over at once.
+        if activity != Activity::Paused {
+            let mut give_up = self.give_up.lock();
+            if give_up.is_cancelled() {
+                *give_up = self.life.child_token();
+            }
         }
+        *self.activity.lock() = activity;
     }
 
     /// Ends the jobs that run, so that other workers continue them.

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -13,9 +14,11 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use parking_lot::Mutex;
 use protocol::{Clock, UnixMillis};
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 use tokio::time::{self, Instant};
+use tracing::warn;
 
 use super::Surroundings;
 use super::rules::{ActivityConfig, Manner, Signals};
@@ -56,6 +59,8 @@ pub(crate) struct Machine {
     supplies: PathBuf,
     idle: Believed<Duration>,
     metered: Believed<bool>,
+    /// Whether a warning was logged that `idle_command` fails.
+    has_warned: AtomicBool,
 }
 
 /// The last answer of a command, and when it came.
@@ -80,19 +85,30 @@ impl<T: Copy> Believed<T> {
 impl Machine {
     pub(crate) fn new(clock: Arc<dyn Clock>, disk: DiskCalls) -> Self {
         let (devices, supplies) = ("/dev".into(), "/sys/class/power_supply".into());
-        Self { clock, disk, devices, supplies, idle: Believed::new(), metered: Believed::new() }
+        Self { clock, disk, devices, supplies, idle: Believed::new(), metered: Believed::new(), has_warned: AtomicBool::new(false) }
     }
 
     /// Returns the time since the last input.
     async fn idle(&self, command: &[String]) -> Option<Duration> {
         if let [program, arguments @ ..] = command {
-            let printed = async { output(program, arguments).await.as_deref().and_then(seconds) };
+            let printed = async { Some(self.told_by(program, arguments).await) };
             return self.idle.get(printed).await;
         }
         let (now, devices) = (self.clock.now(), self.devices.clone());
         let terminals = self.disk.run(move || terminals_idle(&devices, now)).await.flatten();
         let seat = self.idle.get(async { seat_idle(&output_of(&ASK_SEAT).await?, now) }).await;
         terminals.into_iter().chain(seat).min()
+    }
+}
+
+impl Machine {
+    /// Returns the time since the last input as an `idle_command` tells it. If it fails, somebody may be there.
+    async fn told_by(&self, program: &str, arguments: &[String]) -> Duration {
+        let told = output(program, arguments).await.as_deref().and_then(seconds);
+        if told.is_none() && !self.has_warned.swap(true, Ordering::Relaxed) {
+            warn!(program, "idle_command prints no seconds, or fails: the machine counts as used");
+        }
+        told.unwrap_or_default()
     }
 }
 
@@ -121,13 +137,27 @@ async fn output_of(command: &[&str]) -> Option<String> {
 async fn output(program: &str, arguments: &[impl AsRef<std::ffi::OsStr>]) -> Option<String> {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
+    let mut child = command.process_group(0).spawn().ok()?;
+    let group = child.id();
     let reading = async {
-        let mut child = command.spawn().ok()?;
         let mut text = String::new();
         child.stdout.take()?.take(OUTPUT_MAX).read_to_string(&mut text).await.ok()?;
         child.wait().await.ok()?.success().then_some(text)
     };
-    time::timeout(COMMAND_WITHIN, reading).await.ok().flatten()
+    let Ok(read) = time::timeout(COMMAND_WITHIN, reading).await else {
+        kill_group(group);
+        return None;
+    };
+    read
+}
+
+/// Kills a command and what it has started.
+fn kill_group(group: Option<u32>) {
+    let group = group.and_then(|group| i32::try_from(group).ok()).and_then(Pid::from_raw);
+    if let Some(group) = group {
+        // If it has just ended, there is nothing to kill.
+        let _ = kill_process_group(group, Signal::KILL);
+    }
 }
 
 /// Reads what an `idle_command` printed.
@@ -295,6 +325,26 @@ mod tests {
         assert_eq!(machine.look(&rules).await.idle, None, "no rule asks for it");
         let rules = ActivityConfig { in_use: Manner::Pause, ..rules };
         assert_eq!(machine.look(&rules).await.idle, Some(Duration::from_secs(7)));
+        let broken = ActivityConfig { idle_command: vec!["/no/such/program".to_owned()], ..rules };
+        let machine = Machine::new(Arc::new(rpc::SystemClock), DiskCalls::at_once());
+        assert_eq!(machine.look(&broken).await.idle, Some(Duration::ZERO), "somebody may be there");
+    }
+
+    #[tokio::test]
+    async fn a_command_that_hangs_is_ended_with_what_it_has_started() {
+        let folder = folder();
+        let told = folder.path().join("told");
+        let script = format!("sleep 600 & echo $! > '{}'; wait", told.display());
+        assert_eq!(output("sh", &["-c", &script]).await, None);
+        let child = fs::read_to_string(&told).expect("it was started");
+        let process = format!("/proc/{}", child.trim());
+        let ended = async {
+            // Whoever takes over orphans may not reap it at once.
+            while fs::read_to_string(format!("{process}/stat")).is_ok_and(|stat| !stat.contains(") Z ")) {
+                time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        time::timeout(Duration::from_secs(20), ended).await.expect("it ends");
     }
 
     #[tokio::test(start_paused = true)]

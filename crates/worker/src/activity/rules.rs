@@ -17,8 +17,9 @@ pub struct ActivityConfig {
     pub in_use: Manner,
     /// Seconds without input after which nobody uses the machine.
     pub idle_secs: u64,
-    /// Command that prints the seconds since the last input. If omitted, logind and the terminals are asked (Linux
-    /// only). On desktops that tell logind nothing, use for example `xprintidle` in a script.
+    /// Command that prints the seconds since the last input. If it fails, the machine counts as used. If omitted,
+    /// logind and the terminals are asked (Linux only). On desktops that tell logind nothing, use for example
+    /// `xprintidle` in a script.
     pub idle_command: Vec<String>,
     /// What the worker does while the machine runs on battery (Linux only).
     pub on_battery: Manner,
