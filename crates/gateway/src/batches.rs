@@ -20,8 +20,8 @@ use protocol::batches::{
 };
 use protocol::control::{NodeRole, TokenGrant};
 use protocol::files::{FileId, FileRef};
-use protocol::{PublicKey, TenantId, WireError};
-use tokio::time;
+use protocol::{ErrorCode, PublicKey, TenantId, WireError};
+use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info};
@@ -32,6 +32,8 @@ use crate::openai::batch::BatchOrder;
 
 /// How often the orchestrators are asked for batches on which nobody works.
 const CLAIM_EVERY: Duration = Duration::from_secs(5);
+/// The longest time for which a batch whose work broke off is not claimed again; it doubles with each time.
+const REST_MAX: Duration = Duration::from_mins(5);
 /// The most batches on which a gateway works at the same time. They share its lines.
 const BATCHES_MAX: usize = 32;
 
@@ -56,9 +58,19 @@ impl Gateway {
             results_expire_after_secs: order.results_expire_after_secs,
             details,
         };
-        let created = self.upstream().ask_keeper(keeper, BATCH_CREATE, &new).await.map_err(WireError::for_clients)?;
+        let created = self.ask_to_create(keeper, &new).await.map_err(WireError::for_clients)?;
         self.batch_created().notify_one();
         Ok(created)
+    }
+
+    /// Asks once more if there is no reply: the orchestrator creates a batch once, and its client cannot know its id.
+    async fn ask_to_create(&self, keeper: PublicKey, new: &NewBatch) -> Result<Batch, WireError> {
+        match self.upstream().ask_keeper(keeper, BATCH_CREATE, new).await {
+            Err(error) if error.code == ErrorCode::Unavailable => {
+                self.upstream().ask_keeper(keeper, BATCH_CREATE, new).await
+            }
+            created => created,
+        }
     }
 
     pub(crate) async fn batch(&self, batch: &BatchRef) -> Result<Batch, WireError> {
@@ -86,6 +98,8 @@ impl Gateway {
             batches.extend(list.batches);
         }
         batches.sort_by(|one, other| other.id.cmp(&one.id));
+        // Orchestrators may share a store.
+        batches.dedup_by(|one, other| one.id == other.id);
         batches.truncate(limit as usize);
         Ok(batches)
     }
@@ -96,11 +110,20 @@ pub(crate) struct BatchWorker {
     gateway: Gateway,
     /// The batches on which it works, and the orchestrators that have them.
     working_on: Mutex<BTreeMap<BatchId, PublicKey>>,
+    /// The batches whose work broke off not long ago.
+    resting: Mutex<BTreeMap<BatchId, Rest>>,
+}
+
+/// For how long a batch is not claimed again.
+#[derive(Clone, Copy)]
+struct Rest {
+    until: Instant,
+    lasts: Duration,
 }
 
 impl BatchWorker {
     pub(crate) fn new(gateway: Gateway) -> Self {
-        Self { gateway, working_on: Mutex::default() }
+        Self { gateway, working_on: Mutex::default(), resting: Mutex::default() }
     }
 
     /// Runs until `stop`. The lines that run then go on for a while, for whoever takes their batches over.
@@ -134,7 +157,8 @@ impl BatchWorker {
 
     /// Asks each orchestrator for a batch.
     async fn claim(&self) -> Vec<(PublicKey, BatchNow)> {
-        let claim = |_| Some(BatchClaim { working_on: self.working_on.lock().keys().cloned().collect() });
+        let unwanted = self.unwanted();
+        let claim = |_| Some(BatchClaim { working_on: unwanted.clone() });
         let asked = self.gateway.upstream().ask_each(NodeRole::Orchestrator, BATCH_CLAIM, claim).await;
         let replies = asked.unwrap_or_default().into_iter().filter_map(|(keeper, reply)| match reply {
             Ok(BatchClaimed { claimed }) => Some((keeper, claimed?)),
@@ -146,6 +170,27 @@ impl BatchWorker {
         replies.collect()
     }
 
+    /// Returns the batches that are not to be claimed: those on which it works, and those that rest.
+    fn unwanted(&self) -> Vec<BatchId> {
+        let now = Instant::now();
+        let mut resting = self.resting.lock();
+        resting.retain(|_, rest| now < rest.until + REST_MAX);
+        let mut unwanted: Vec<_> = self.working_on.lock().keys().cloned().collect();
+        unwanted.extend(resting.iter().filter(|(_, rest)| now < rest.until).map(|(id, _)| id.clone()));
+        unwanted
+    }
+
+    /// Notes how the work on a batch ended. One whose work broke off rests, longer with each time.
+    fn end(&self, id: &BatchId, broke_off: bool) {
+        let mut resting = self.resting.lock();
+        let before = resting.remove(id);
+        if broke_off {
+            let lasts = before.map_or(CLAIM_EVERY, |rest| (rest.lasts * 2).min(REST_MAX));
+            resting.insert(id.clone(), Rest { until: Instant::now() + lasts, lasts });
+        }
+        self.working_on.lock().remove(id);
+    }
+
     fn begin(self: &Arc<Self>, keeper: PublicKey, now: BatchNow, works: &TaskTracker, stop: &CancellationToken) {
         let id = now.batch.id.clone();
         info!(batch = %id, status = now.batch.status.as_str(), epoch = now.epoch, "work on a batch begins");
@@ -153,12 +198,15 @@ impl BatchWorker {
         let (worker, stop) = (self.clone(), stop.clone());
         works.spawn(async move {
             let lease = Lease::new(worker.gateway.clone(), keeper, now);
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = lease.keep() => info!(batch = %id, "the lease of a batch is lost"),
-                () = work::work(&lease) => {}
-            }
-            worker.working_on.lock().remove(&id);
+            let broke_off = tokio::select! {
+                () = stop.cancelled() => false,
+                () = lease.keep() => {
+                    info!(batch = %id, "the lease of a batch is lost");
+                    false
+                }
+                worked = work::work(&lease) => worked.is_err(),
+            };
+            worker.end(&id, broke_off);
         });
     }
 }

@@ -27,6 +27,8 @@ impl Gateway {
             files.extend(list.files);
         }
         files.sort_by(|one, other| if query.ascending { one.id.cmp(&other.id) } else { other.id.cmp(&one.id) });
+        // Orchestrators may share a store.
+        files.dedup_by(|one, other| one.id == other.id);
         files.truncate(query.limit as usize);
         Ok(files)
     }

@@ -168,7 +168,8 @@ impl Gateway {
         let outcome = self.check_in(token, context.origin, &mut record).await;
         match outcome {
             Ok((grant, rate, permit)) => {
-                Ok(AdmittedRequest { grant, rate, permit, record, repeat: Repeat::default(), class: None })
+                let (repeat, class, keeper) = (Repeat::default(), None, None);
+                Ok(AdmittedRequest { grant, rate, permit, record, repeat, class, keeper })
             }
             Err(refusal) => {
                 record.failed(refusal.error.code);
@@ -187,15 +188,20 @@ impl Gateway {
         RequestRecord::new(self.inner.metrics.clone(), received, correlation_id, trace_id)
     }
 
-    /// Admits a line of a batch, once there is room. The bucket of its tenant's requests has no part in it: a batch
-    /// sends no more than this gateway takes from it, and the orchestrator applies the tenant's policy.
-    pub(crate) async fn admit_line(&self, grant: Arc<TokenGrant>) -> Result<AdmittedRequest, WireError> {
+    /// Admits a line of a batch, once there is room. Its job goes to the orchestrator that has the batch. The bucket of
+    /// its tenant's requests has no part in it: a batch sends no more than this gateway takes from it, and the
+    /// orchestrator applies the tenant's policy.
+    pub(crate) async fn admit_line(
+        &self,
+        grant: Arc<TokenGrant>,
+        keeper: PublicKey,
+    ) -> Result<AdmittedRequest, WireError> {
         let context = self.context(None, None)?;
         let permit = self.inner.jobs.clone().acquire_owned().await.map_err(|_| upstream::stopping())?;
         let mut record = self.record(context);
         record.of_key(&grant.key_id);
-        let class = Some(ServiceClass::Batch);
-        Ok(AdmittedRequest { grant, rate: Verdict::UNLIMITED, permit, record, repeat: Repeat::default(), class })
+        let (class, repeat) = (Some(ServiceClass::Batch), Repeat::default());
+        Ok(AdmittedRequest { grant, rate: Verdict::UNLIMITED, permit, record, repeat, class, keeper: Some(keeper) })
     }
 
     async fn check_in(
@@ -307,7 +313,7 @@ impl Gateway {
 
     /// Submits a job that runs without its client. Returns once an orchestrator has recorded it.
     pub(crate) async fn submit_detached(&self, admitted: AdmittedRequest, job: Job) -> Result<(), WireError> {
-        let AdmittedRequest { grant, permit: _permit, mut record, rate: _, class: _, repeat } = admitted;
+        let AdmittedRequest { grant, permit: _permit, mut record, rate: _, class: _, repeat, keeper: _ } = admitted;
         let accepted = async {
             let builds = self.check_job(&grant, &job, &mut record).await?;
             let timeouts = self.timeouts(&record, &job);
@@ -408,7 +414,7 @@ impl Gateway {
             Ok(job) => job,
             Err(error) => return Err(admitted.refuse(error).error),
         };
-        let AdmittedRequest { grant, permit, mut record, rate: _, class: _, repeat } = admitted;
+        let AdmittedRequest { grant, permit, mut record, rate: _, class: _, repeat, keeper } = admitted;
         let opened = async {
             let builds = self.check_job(&grant, &job, &mut record).await?;
             // A stored answer is kept as well, but only its client's own token says that it may be repeated.
@@ -420,7 +426,7 @@ impl Gateway {
             let others = self.cheaper_models(&grant, &builds).await?;
             request.digests.extend(others);
             failpoint!("gateway-submits");
-            let begun = Box::pin(self.begin(request, timeouts, has_key)).await;
+            let begun = Box::pin(self.begin(request, timeouts, has_key, keeper)).await;
             failpoint!("gateway-begun");
             let begun = begun.map_err(|error| repeat.name_key(error.for_clients()))?;
             if begun.is_repeat() {
@@ -446,13 +452,19 @@ impl Gateway {
 
     /// Submits a job. A token that this gateway chose for an SDK may be used up, or its job may be that of an
     /// orchestrator that died, whose answer nobody can read; its client knows nothing of either.
-    async fn begin(&self, request: InferRequest, timeouts: Timeouts, has_key: bool) -> Result<Begun, WireError> {
+    async fn begin(
+        &self,
+        request: InferRequest,
+        timeouts: Timeouts,
+        has_key: bool,
+        keeper: Option<PublicKey>,
+    ) -> Result<Begun, WireError> {
         let is_own = request.linger_ms.is_some() && !has_key;
         let is_no_answer = |code| matches!(code, ErrorCode::IdempotencyKeyReused | ErrorCode::IdempotencyInProgress);
-        match self.inner.upstream.submit(&request, timeouts, has_key).await {
+        match self.inner.upstream.submit(&request, timeouts, has_key, keeper).await {
             Err(error) if is_own && is_no_answer(error.code) => {
                 let request = InferRequest { retry_token: self.make_token()?, ..request };
-                self.inner.upstream.submit(&request, timeouts, has_key).await
+                self.inner.upstream.submit(&request, timeouts, has_key, keeper).await
             }
             begun => begun,
         }

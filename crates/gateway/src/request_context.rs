@@ -68,6 +68,8 @@ pub struct AdmittedRequest {
     pub(crate) repeat: Repeat,
     /// The class that its header names.
     pub(crate) class: Option<ServiceClass>,
+    /// The orchestrator that is to run its job; any if none is named.
+    pub(crate) keeper: Option<PublicKey>,
 }
 
 /// A refused request, with the verdict of its rate limit, if that was checked.

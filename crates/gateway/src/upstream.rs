@@ -171,20 +171,21 @@ impl Upstream {
 
     /// Submits a job to an orchestrator and waits until its answer begins or it is refused. Its id decides the jitter
     /// of the waits between rounds. Repeats of a job with a token of the client go to the same orchestrator, as each
-    /// knows only its own jobs.
+    /// knows only its own jobs. A job with a keeper goes to no other.
     pub(crate) async fn submit(
         &self,
         request: &InferRequest,
         timeouts: Timeouts,
         has_key: bool,
+        keeper: Option<PublicKey>,
     ) -> Result<Begun, WireError> {
         let (body, id) = (Bytes::from(codec::encode(request)), request.correlation_id);
         let job = request.fingerprint.map(|_| id);
-        let holder = if has_key { self.holder(request).await } else { None };
+        let holder = if has_key && keeper.is_none() { self.holder(request).await } else { None };
         let mut last = away(NodeRole::Orchestrator);
         let mut may_be_known = false;
         // An orchestrator whose connection broke goes on with a job that lingers. No other may run it meanwhile.
-        let mut runs_at = None;
+        let mut runs_at = keeper;
         let mut backoff = Backoff::new(BACKOFF, BACKOFF_MAX, id.0.as_u128() as u64);
         let restarted_by = timeouts.deadline.min(Instant::now() + RESTART);
         let mut restarts = false;

@@ -4,7 +4,7 @@ CREATE TABLE files (
     tenant_id  TEXT    NOT NULL,
     file_id    TEXT    NOT NULL,
     purpose    TEXT    NOT NULL,
-    -- uploading, ready, or collecting: the results of a batch that has not ended.
+    -- uploading, ready, removed, or collecting: the results of a batch that has not ended.
     state      TEXT    NOT NULL,
     created_at INTEGER NOT NULL,
     expires_at INTEGER NOT NULL,
@@ -36,6 +36,9 @@ CREATE TABLE batches (
     -- When it entered each status, as JSON.
     times       TEXT    NOT NULL,
     total       INTEGER NOT NULL DEFAULT 0,
+    -- Lines with an answer and with an error, once it has ended; until then, the pieces of its files.
+    completed   INTEGER,
+    failed      INTEGER,
     results_secs INTEGER NOT NULL,
     -- Its metadata and its errors.
     sealed      BLOB    NOT NULL,

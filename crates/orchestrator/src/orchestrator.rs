@@ -236,9 +236,10 @@ impl Orchestrator {
         let yields = journey.request.class == ServiceClass::Batch;
         let without_own = |candidate: Candidate| {
             let held = u32::from(Some(candidate.worker_id) == own);
-            let held = held + if yields { 0 } else { candidate.yielding };
+            // The slots of jobs that give them up are free, but the worker holds those jobs, and no more than it may.
+            let yielding = if yields { 0 } else { candidate.yielding };
             // A job that has a reservation never waits behind others.
-            let limit = if own.is_some() { candidate.capacity } else { candidate.limit };
+            let limit = if own.is_some() { candidate.capacity } else { candidate.limit.saturating_add(yielding) };
             let barred = self.is_over_quota(journey, candidate.context_length).then_some(Refusal::OverQuota);
             let barred = barred.or(candidate.barred);
             Candidate { load: candidate.load.saturating_sub(held), limit, barred, ..candidate }
@@ -373,7 +374,9 @@ impl Orchestrator {
             deadline: journey.request.delivered.is_none().then_some(left),
             stall: Duration::from_secs(self.config.stall_secs),
         };
-        let token_stall = (self.config.token_stall_secs > 0).then(|| Duration::from_secs(self.config.token_stall_secs));
+        // A worker lets a batch job wait for as long as others want its slot.
+        let may_stall = self.config.token_stall_secs == 0 || journey.request.class == ServiceClass::Batch;
+        let token_stall = (!may_stall).then(|| Duration::from_secs(self.config.token_stall_secs));
         dispatch::Timeouts { options, token_stall }
     }
 
@@ -636,6 +639,10 @@ impl Orchestrator {
 
     /// Records what an attempt says of its worker and of its model, and ejects a worker that failed too often or lied.
     fn judge(&self, journey: &mut Journey, end: &AttemptEnd) {
+        if journey.request.class == ServiceClass::Batch {
+            // It may have waited at the worker for others to end, which says nothing of the worker's speed.
+            journey.waits.clear();
+        }
         let wait = journey.waits.last().map(|(_, wait)| *wait).filter(|_| matches!(end, AttemptEnd::Complete { .. }));
         self.record_waits(journey);
         let slow = Duration::from_secs(self.config.breaker.slow_secs);

@@ -45,6 +45,14 @@ impl RunningJobs {
         }
         jobs
     }
+
+    /// Cancels the jobs whose keys are as `which` says.
+    pub(crate) fn cancel_all(&self, which: impl Fn(&JobKey) -> bool) {
+        let jobs: Vec<Arc<Signals>> = self.0.lock().values().flatten().filter(|job| which(&job.key)).cloned().collect();
+        for job in jobs {
+            job.cancelled.cancel();
+        }
+    }
 }
 
 impl Signals {
@@ -108,6 +116,10 @@ mod tests {
         assert!(two.cancelled().is_cancelled() && !other.cancelled().is_cancelled());
         let (of_other, stranger) = (CorrelationId(uuid::Uuid::from_u128(2)), "stranger".parse().expect("a tenant"));
         assert!(jobs.cancel(of_other, Some(&stranger)).is_empty() && !other.cancelled().is_cancelled());
+        jobs.cancel_all(|key| key.retry_token.as_str() == "c");
+        assert!(!other.cancelled().is_cancelled());
+        jobs.cancel_all(|key| key.retry_token.as_str() == "a");
+        assert!(other.cancelled().is_cancelled());
         drop(two);
         cancelled[0].ended().await;
         assert!(jobs.cancel(CorrelationId(uuid::Uuid::from_u128(1)), None).is_empty());

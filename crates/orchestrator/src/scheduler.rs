@@ -152,7 +152,9 @@ impl Supply {
         self.exists = true;
         if candidate.has_file {
             self.free += free;
-            self.urgent += most.saturating_sub(candidate.load.saturating_sub(candidate.yielding));
+            let urgent = most.saturating_sub(candidate.load.saturating_sub(candidate.yielding));
+            // Jobs that give up their slots stay with the worker.
+            self.urgent += urgent.min(candidate.capacity.saturating_sub(candidate.load));
             self.patient += candidate.capacity.saturating_sub(candidate.limit);
         } else {
             self.to_fetch += free;

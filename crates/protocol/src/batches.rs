@@ -49,14 +49,21 @@ impl BatchId {
         format!("batch_{}", uuid.as_simple()).parse().expect("a UUID has 32 hex digits")
     }
 
-    /// Returns the token under which a line runs: whoever runs it again gets the answer of its one job.
-    pub fn retry_token(&self, line: u32) -> RetryToken {
-        format!("{self}:{line}").parse().expect("an id is visible ASCII")
+    /// Returns the token of a run of a line, from 0: whoever submits it again gets the answer of its one job. A line
+    /// has a further run only if the job of the one before ended without an answer.
+    pub fn retry_token(&self, line: u32, run: u32) -> RetryToken {
+        let token = if run == 0 { format!("{self}:{line}") } else { format!("{self}:{line}:{run}") };
+        token.parse().expect("an id is visible ASCII")
     }
 
-    /// Returns the id of the job of a line.
+    /// Returns whether a token is that of a line of this batch.
+    pub fn has_token(&self, token: &RetryToken) -> bool {
+        token.as_str().strip_prefix(self.as_str()).is_some_and(|rest| rest.starts_with(':'))
+    }
+
+    /// Returns the id of the jobs of a line.
     pub fn job_id(&self, tenant_id: &TenantId, line: u32) -> CorrelationId {
-        CorrelationId::of_retry(tenant_id, &self.retry_token(line))
+        CorrelationId::of_retry(tenant_id, &self.retry_token(line, 0))
     }
 }
 
@@ -109,9 +116,8 @@ impl BatchStatus {
             Self::InProgress | Self::Failed => self == Self::Validating,
             Self::Finalizing => self == Self::InProgress,
             Self::Completed => self == Self::Finalizing,
-            Self::Expired | Self::Cancelling => {
-                matches!(self, Self::Validating | Self::InProgress | Self::Finalizing)
-            }
+            Self::Expired => matches!(self, Self::Validating | Self::InProgress),
+            Self::Cancelling => matches!(self, Self::Validating | Self::InProgress | Self::Finalizing),
             Self::Cancelled => self == Self::Cancelling,
         }
     }
@@ -295,7 +301,8 @@ pub struct BatchList {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct BatchClaim {
-    /// Batches on which the caller works. Others of which it holds the lease are those of the process before it.
+    /// Batches on which the caller works, or that it does not want for a while. Others of which it holds the lease are
+    /// those of the process before it.
     pub working_on: Vec<BatchId>,
 }
 
@@ -374,6 +381,9 @@ pub struct LineResult {
     pub epoch: u64,
     /// Number of the line, from 1.
     pub line: u32,
+    /// Number of the run that gave the answer, from 0.
+    #[serde(default)]
+    pub run: u32,
     /// Whether it belongs to the file with errors.
     pub is_error: bool,
     /// The line of the result file; at most [`RESULT_BYTES_MAX`].
@@ -412,5 +422,8 @@ mod tests {
         assert_eq!(batch(1).job_id(&tenant, 7), job);
         assert_ne!(batch(1).job_id(&tenant, 8), job);
         assert_ne!(batch(2).job_id(&tenant, 7), job);
+        let tokens = [batch(1).retry_token(7, 0), batch(1).retry_token(7, 1), batch(1).retry_token(71, 0)];
+        assert!(tokens.iter().all(|token| batch(1).has_token(token) && !batch(2).has_token(token)));
+        assert!(tokens[0] != tokens[1] && tokens[1] != tokens[2]);
     }
 }

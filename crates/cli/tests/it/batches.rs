@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use protocol::jobs::JobPage;
+use protocol::jobs::JobList;
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 use tokio::time;
@@ -167,7 +167,7 @@ fn shown(answers: &[Value]) -> u64 {
 async fn billed(mesh: &Mesh) -> u64 {
     let (mut tokens, mut before) = (0, String::new());
     loop {
-        let page: JobPage = mesh.gateway.get(&format!("/admin/v1/jobs?limit=500{before}")).await.expect("jobs");
+        let page: JobList = mesh.gateway.get(&format!("/admin/v1/jobs?limit=500{before}")).await.expect("jobs");
         tokens += page.jobs.iter().filter_map(|job| Some(u64::from(job.usage?.total_tokens()))).sum::<u64>();
         match page.next {
             Some(next) => before = format!("&after={next}"),

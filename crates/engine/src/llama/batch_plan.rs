@@ -43,14 +43,12 @@ pub(super) struct StepLimits {
     pub(super) together: bool,
 }
 
-/// Pauses the slots that yield, if another one wants tokens. Returns whether it did.
+/// Pauses the slots that yield. Returns whether one of them wants tokens.
 pub(super) fn pause_yielding(needs: &mut [Need], yields: &[bool]) -> bool {
-    let wants = |need: &Need| need.tokens != Tokens::None;
-    let others = needs.iter().zip(yields).any(|(need, yields)| !yields && wants(need));
     let mut has_paused = false;
-    for (need, _) in needs.iter_mut().zip(yields).filter(|(need, yields)| others && **yields && wants(need)) {
+    for (need, _) in needs.iter_mut().zip(yields).filter(|(_, yields)| **yields) {
+        has_paused |= need.tokens != Tokens::None;
         need.tokens = Tokens::None;
-        has_paused = true;
     }
     has_paused
 }
@@ -205,7 +203,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_slot_that_yields_has_no_tokens_beside_one_that_does_not(
+        fn only_the_slots_that_yield_are_paused(
             slots in prop::collection::vec((0_u8..3, any::<bool>()), 0..20),
         ) {
             let tokens = |kind| match kind {
@@ -217,10 +215,8 @@ mod tests {
             let yields: Vec<bool> = slots.iter().map(|(_, yields)| *yields).collect();
             let mut after = before.clone();
             let has_paused = pause_yielding(&mut after, &yields);
-            let wants = |need: &Need| need.tokens != Tokens::None;
-            let others = before.iter().zip(&yields).any(|(need, yields)| wants(need) && !yields);
             for ((before, after), yields) in before.iter().zip(&after).zip(&yields) {
-                prop_assert_eq!(after.tokens, if others && *yields { Tokens::None } else { before.tokens });
+                prop_assert_eq!(after.tokens, if *yields { Tokens::None } else { before.tokens });
             }
             prop_assert_eq!(has_paused, before != after);
         }

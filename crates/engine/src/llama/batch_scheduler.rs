@@ -28,6 +28,9 @@ const HEADROOM: usize = 256;
 const SHARED_PREFIX_MIN: usize = 64;
 /// While others run, generations that yield take part in one of so many steps.
 const YIELDING_ONE_IN: u32 = 20;
+/// After so many steps without any that yields, one that waits for a slot goes before the others, and keeps the slot
+/// until it has taken part in a step.
+const OVERDUE_STEPS: u32 = 200;
 /// How often a running step checks whether anyone still wants it.
 const ASK_EVERY: Duration = Duration::from_millis(5);
 
@@ -45,7 +48,7 @@ pub(super) struct BatchScheduler {
     batch: Batch,
     last_adapter: Option<AdapterId>,
     turn: usize,
-    /// Steps since generations that yield took part.
+    /// Steps since a generation that yields took part.
     paused_steps: u32,
 }
 
@@ -56,6 +59,10 @@ pub(super) struct Tools<'a> {
     pub(super) counters: &'a mut Counters,
     pub(super) pulse: &'a mut Pulse,
     pub(super) stop: &'a CancellationToken,
+    /// Whether a generation that does not yield wants tokens, in any context.
+    pub(super) has_urgent: bool,
+    /// Whether a deterministic generation that does not yield waits for the slot of another.
+    pub(super) is_exact_awaited: bool,
 }
 
 /// A row of logits that gives the log-probability of a prompt token.
@@ -105,6 +112,23 @@ impl BatchScheduler {
     /// Returns whether a slot is free.
     pub(super) fn has_slot(&self) -> bool {
         self.slots.iter().any(Option::is_none)
+    }
+
+    /// Returns whether a generation that yields has a slot.
+    pub(super) fn has_yielding(&self) -> bool {
+        self.running().any(|sequence| sequence.job.yields)
+    }
+
+    /// Returns whether a running generation that does not yield wants tokens.
+    pub(super) fn has_urgent(&mut self) -> bool {
+        self.slots.iter_mut().flatten().any(|sequence| !sequence.job.yields && !sequence.job.outbox.is_full())
+    }
+
+    /// Returns whether a generation that yields must take part in a step before others start.
+    pub(super) fn is_overdue(&self, sequence: &mut Sequence) -> bool {
+        let job = &mut sequence.job;
+        let is_late = self.paused_steps >= OVERDUE_STEPS;
+        is_late && job.yields && job.deterministic == self.deterministic && !job.outbox.is_full()
     }
 
     /// Returns whether a generation should wait because another one is evaluating their shared prefix.
@@ -179,7 +203,9 @@ impl BatchScheduler {
         if self.sample_known(tools, &mut outcome) {
             return Some(outcome);
         }
-        let plan = self.plan()?;
+        // One that cannot be preempted goes on, if others wait for its end.
+        let pauses = tools.has_urgent && !(self.deterministic && tools.is_exact_awaited);
+        let plan = self.plan(pauses)?;
         let wanted: usize = plan.shares.iter().sum();
         if !self.kv_cache.free_cells(wanted) {
             self.preempt_youngest(&mut outcome, &DecodeError::CacheFull);
@@ -212,7 +238,7 @@ impl BatchScheduler {
         Some(outcome)
     }
 
-    fn plan(&mut self) -> Option<Plan> {
+    fn plan(&mut self, pauses: bool) -> Option<Plan> {
         let mut rows = 0;
         for sequence in self.slots.iter_mut().flatten() {
             rows += usize::from(sequence.is_generating() && !sequence.job.outbox.is_full());
@@ -225,17 +251,18 @@ impl BatchScheduler {
             sequence.suggested = sequence.drafter.suggest(&sequence.tokens, most);
             rows += sequence.suggested.len();
         }
-        let deterministic = self.deterministic;
-        let mut echo_rows = ECHO_ROWS as usize;
-        let mut needs: Vec<Need> =
-            self.slots.iter_mut().map(|slot| need(slot.as_mut(), deterministic, &mut echo_rows)).collect();
-        self.pause_yielding(&mut needs);
+        let mut needs = self.needs();
+        let yields = |slot: &Option<Sequence>| slot.as_ref().is_some_and(|sequence| sequence.job.yields);
+        let yields: Vec<bool> = self.slots.iter().map(yields).collect();
+        let has_paused = pauses && self.pause_yielding(&mut needs, &yields);
         let batch_tokens_max = BATCH_TOKENS as usize;
         let prefill_tokens_max = self.clock.prompt_tokens_within(GAP, PREFILL_TOKENS_MIN, batch_tokens_max);
         self.turn = (self.turn + 1) % self.slots.len();
         let together = self.kv_cache.can_rewind();
         let limits = StepLimits { batch_tokens_max, prefill_tokens_max, together };
-        let plan = batch_plan::plan(&needs, self.last_adapter, self.turn, limits)?;
+        let plan = batch_plan::plan(&needs, self.last_adapter, self.turn, limits);
+        self.count_paused(plan.as_ref(), &yields, has_paused);
+        let plan = plan?;
         self.last_adapter = plan.adapter;
         if !together {
             // The slot that was alone in this step is the last in the next.
@@ -244,16 +271,34 @@ impl BatchScheduler {
         Some(plan)
     }
 
-    /// Pauses the generations that yield, but for one step in [`YIELDING_ONE_IN`], so that they do not starve.
-    fn pause_yielding(&mut self, needs: &mut [Need]) {
-        if self.paused_steps + 1 >= YIELDING_ONE_IN {
-            self.paused_steps = 0;
-            return;
+    /// Returns what each slot wants. Those that do not yield come first where slots share what there is.
+    fn needs(&mut self) -> Vec<Need> {
+        let (deterministic, mut echo_rows) = (self.deterministic, ECHO_ROWS as usize);
+        let mut needs = vec![Need { adapter: None, tokens: Tokens::None }; self.slots.len()];
+        for yields in [false, true] {
+            for (wanted, slot) in needs.iter_mut().zip(&mut self.slots) {
+                if let Some(sequence) = slot.as_mut().filter(|sequence| sequence.job.yields == yields) {
+                    *wanted = need(sequence, deterministic, &mut echo_rows);
+                }
+            }
         }
-        let yields = |slot: &Option<Sequence>| slot.as_ref().is_some_and(|sequence| sequence.job.yields);
-        let yields: Vec<bool> = self.slots.iter().map(yields).collect();
-        let has_paused = batch_plan::pause_yielding(needs, &yields);
-        self.paused_steps = if has_paused { self.paused_steps + 1 } else { 0 };
+        needs
+    }
+
+    /// Pauses the generations that yield, until they are due for one step in [`YIELDING_ONE_IN`], so that they do not
+    /// starve. Returns whether one was paused.
+    fn pause_yielding(&self, needs: &mut [Need], yields: &[bool]) -> bool {
+        self.paused_steps.saturating_add(1) < YIELDING_ONE_IN && batch_plan::pause_yielding(needs, yields)
+    }
+
+    /// Counts a step in which no generation that yields takes part.
+    fn count_paused(&mut self, plan: Option<&Plan>, yields: &[bool], has_paused: bool) {
+        let takes_part = |plan: &Plan| plan.shares.iter().zip(yields).any(|(share, yields)| *yields && *share > 0);
+        if plan.is_some_and(takes_part) {
+            self.paused_steps = 0;
+        } else if plan.is_some() || has_paused {
+            self.paused_steps = self.paused_steps.saturating_add(1);
+        }
     }
 
     /// Fills the batch and returns the rows of logits of each slot, and those of prompt tokens.
@@ -429,11 +474,19 @@ impl BatchScheduler {
         }
     }
 
-    /// Takes a generation that yields out of its slot, the youngest first.
+    /// Takes a generation that yields out of its slot, the youngest first. One that is overdue stays, and so does a
+    /// deterministic one, which could not go on where it was.
     pub(super) fn preempt_yielding(&mut self) -> Option<Sequence> {
-        let age =
-            |slot: usize| self.slots[slot].as_ref().filter(|sequence| sequence.job.yields).map(Sequence::generated);
-        let youngest = (0..self.slots.len()).filter_map(|slot| Some((age(slot)?, slot))).min();
+        if self.deterministic {
+            return None;
+        }
+        let is_late = self.paused_steps >= OVERDUE_STEPS;
+        let may_go = |sequence: &mut Sequence| sequence.job.yields && (!is_late || sequence.job.outbox.is_full());
+        let ages = self.slots.iter_mut().enumerate().filter_map(|(slot, sequence)| {
+            let sequence = sequence.as_mut()?;
+            may_go(sequence).then(|| (sequence.generated(), slot))
+        });
+        let youngest = ages.min();
         youngest.and_then(|(_, slot)| self.vacate(slot))
     }
 
@@ -466,8 +519,7 @@ impl BatchScheduler {
 }
 
 /// Returns what a slot wants. Prompts with log-probabilities share the rows that are left for them.
-fn need(sequence: Option<&mut Sequence>, deterministic: bool, echo_rows: &mut usize) -> Need {
-    let Some(sequence) = sequence else { return Need { adapter: None, tokens: Tokens::None } };
+fn need(sequence: &mut Sequence, deterministic: bool, echo_rows: &mut usize) -> Need {
     let prompt_left = sequence.job.prompt_tokens.saturating_sub(sequence.evaluated());
     let tokens = if sequence.job.outbox.is_full() {
         Tokens::None

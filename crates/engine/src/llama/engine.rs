@@ -133,8 +133,10 @@ impl Engine {
 
     /// Runs the next step of each scheduler and one batch of embeddings; returns false if there is nothing to do.
     fn step(&mut self) -> bool {
+        let is_exact_awaited = self.waiting.iter().any(|sequence| sequence.job.deterministic && !sequence.job.yields);
         let Self { main, exact, adapters, sampler, counters, pulse, stop, .. } = self;
-        let mut tools = Tools { adapters, sampler, counters, pulse, stop };
+        let has_urgent = main.iter_mut().chain(exact.iter_mut()).any(BatchScheduler::has_urgent);
+        let mut tools = Tools { adapters, sampler, counters, pulse, stop, has_urgent, is_exact_awaited };
         let outcomes: Vec<Outcome> =
             main.iter_mut().chain(exact.iter_mut()).filter_map(|scheduler| scheduler.step(&mut tools)).collect();
         let mut worked = !outcomes.is_empty();
@@ -220,16 +222,18 @@ impl Engine {
     }
 
     /// Starts waiting generations in the order of their arrival, those that yield after the others, for which they give
-    /// up their slots and cells.
+    /// up their slots and cells. One that is overdue goes first.
     ///
     /// A generation without KV cache capacity blocks those behind it, so that long prompts get their turn. One that
     /// waits for another to evaluate their shared prefix does not.
     fn start_waiting(&mut self) {
         let (mut deferred, mut preempted) = (VecDeque::new(), VecDeque::new());
         let mut is_full = false;
+        let overdue = self.take_overdue();
         let (first, last): (VecDeque<_>, VecDeque<_>) =
             self.waiting.drain(..).partition(|sequence| !sequence.job.yields);
-        for sequence in first.into_iter().chain(last) {
+        let first = overdue.into_iter().chain(first).map(|sequence| (sequence, true));
+        for (sequence, goes_first) in first.chain(last.into_iter().map(|sequence| (sequence, false))) {
             if sequence.job.adapter.is_some_and(|adapter| !self.adapters.contains_key(&adapter)) {
                 sequence.job.outbox.fail(gone_adapter());
                 continue;
@@ -245,16 +249,19 @@ impl Engine {
                     continue;
                 }
             };
+            let is_behind = is_full && !sequence.job.deterministic;
+            let may_take_slot = scheduler.has_slot() || (goes_first && scheduler.has_yielding());
+            if !is_behind && may_take_slot && scheduler.is_evaluating_prefix_of(&sequence) {
+                deferred.push_back(sequence);
+                continue;
+            }
             let is_blocked =
                 |scheduler: &BatchScheduler| !scheduler.has_slot() || !scheduler.has_capacity_for(&sequence);
-            while !sequence.job.yields && is_blocked(scheduler) {
+            while goes_first && !is_behind && is_blocked(scheduler) {
                 let Some(yielding) = scheduler.preempt_yielding() else { break };
                 preempted.push_back(yielding);
             }
-            let is_blocked = is_blocked(scheduler);
-            if scheduler.has_slot() && scheduler.is_evaluating_prefix_of(&sequence) {
-                deferred.push_back(sequence);
-            } else if is_blocked || (is_full && !sequence.job.deterministic) {
+            if is_behind || is_blocked(scheduler) {
                 is_full |= !sequence.job.deterministic;
                 deferred.push_back(sequence);
             } else {
@@ -266,6 +273,16 @@ impl Engine {
         // What was preempted goes on before what has not begun.
         preempted.append(&mut deferred);
         self.waiting = preempted;
+    }
+
+    /// Takes out the first generation that yields for each context in which none has had its turn for long.
+    fn take_overdue(&mut self) -> Vec<Sequence> {
+        let mut overdue = vec![];
+        for scheduler in self.main.iter().chain(&self.exact) {
+            let next = self.waiting.iter_mut().position(|sequence| scheduler.is_overdue(sequence));
+            overdue.extend(next.and_then(|index| self.waiting.remove(index)));
+        }
+        overdue
     }
 
     /// Returns the batch scheduler of a generation.

@@ -1,6 +1,7 @@
 //! `LlamaRuntime` in this process, on the tiny model.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::future::join_all;
 use parking_lot::Mutex;
@@ -221,6 +222,32 @@ async fn a_generation_that_yields_gives_up_its_slot_and_goes_on_later() {
     assert_eq!(runtime.load_state()[0].counters.completed, 2, "the other one has not ended");
     // It may be evaluated in other batches than alone, so that its tokens differ, but not their number.
     assert_eq!(read(yielding).await.usage().completion_tokens, alone.usage().completion_tokens);
+}
+
+#[tokio::test]
+async fn a_generation_that_yields_goes_on_although_others_always_want_its_slot() {
+    const ROUNDS_MAX: usize = 1_000;
+    let (runtime, model) = tiny_runtime(LoadOptions { slots: 1, ..options() }).await;
+    let short = GenerateRequest { yields: true, max_tokens: Some(5), ..endless(model) };
+    let has_ended = AtomicBool::new(false);
+    let patient = async {
+        run(&runtime, ask(model, "What is 3 + 4?")).await;
+        let answer = run(&runtime, short).await;
+        has_ended.store(true, Ordering::Relaxed);
+        answer.usage().completion_tokens
+    };
+    // Two at a time, so that one always waits.
+    let others = || async {
+        let mut rounds = 0;
+        while rounds < ROUNDS_MAX && !has_ended.load(Ordering::Relaxed) {
+            run(&runtime, ask(model, "What is 3 + 4?")).await;
+            rounds += 1;
+        }
+        rounds
+    };
+    let (one, other, tokens) = tokio::join!(others(), others(), patient);
+    assert_eq!(tokens, 5);
+    assert!(one < ROUNDS_MAX && other < ROUNDS_MAX, "it went on before the others had ended");
 }
 
 #[tokio::test]

@@ -72,9 +72,22 @@ impl Lease {
         self.now.lock().is_overdue
     }
 
+    /// Returns the orchestrator that has the batch.
+    pub(super) fn keeper(&self) -> PublicKey {
+        self.keeper
+    }
+
     /// Returns the token that is cancelled when no further line is to run.
     pub(super) fn halt(&self) -> &CancellationToken {
         &self.halt
+    }
+
+    /// Does something, unless no further line is to run.
+    pub(super) async fn unless_halted<Done>(
+        &self,
+        work: impl Future<Output = Result<Done, WireError>>,
+    ) -> Result<Done, WireError> {
+        self.halt.run_until_cancelled(work).await.unwrap_or_else(|| Err(halted()))
     }
 
     /// Returns a reader of the requests.
@@ -111,10 +124,10 @@ impl Lease {
         Ok(list.lines)
     }
 
-    /// Writes the result of a line.
-    pub(super) async fn record(&self, line: u32, is_error: bool, bytes: Vec<u8>) -> Result<(), WireError> {
+    /// Writes the result of a line, which one of its runs gave.
+    pub(super) async fn record(&self, line: u32, run: u32, is_error: bool, bytes: Vec<u8>) -> Result<(), WireError> {
         let (batch, epoch) = (self.batch.clone(), self.epoch);
-        let result = LineResult { batch, epoch, line, is_error, bytes: Base64Bytes(bytes) };
+        let result = LineResult { batch, epoch, line, run, is_error, bytes: Base64Bytes(bytes) };
         self.patiently::<_, Empty>(BATCH_RECORD, &result).await.map(drop)
     }
 
@@ -131,6 +144,11 @@ impl Lease {
             }
         }
     }
+}
+
+/// Returns the error of a line that does not go on, because its batch does not.
+fn halted() -> WireError {
+    WireError::new(ErrorCode::Cancelled, "no further line of the batch is to run")
 }
 
 /// Returns whether the same call may succeed soon.

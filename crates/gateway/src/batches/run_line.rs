@@ -23,6 +23,8 @@ const PAUSE_MAX: Duration = Duration::from_mins(1);
 const PAUSE: Duration = Duration::from_secs(1);
 /// How often a line runs whose workers fail.
 const FAILURES_MAX: u32 = 3;
+/// How many jobs a line has at most. Each but the last ended without an answer that can be read.
+const RUNS_MAX: u32 = FAILURES_MAX;
 
 /// What a line of a batch needs to run, besides itself.
 pub(super) struct LineRunner<'a> {
@@ -52,46 +54,83 @@ impl<'a> LineRunner<'a> {
         if answered.as_ref().is_err_and(|error| is_cancelled(error.code)) && self.is_halted().await? {
             return Ok(());
         }
-        let answered = answered.and_then(|body| written(id, &line, 200, body).ok_or_else(too_long));
+        let (run, answered) = match answered {
+            Ok((run, body)) => (run, written(id, &line, 200, body).ok_or_else(too_long)),
+            Err(error) => (0, Err(error)),
+        };
         let (is_error, result) = match answered {
             Ok(result) => (false, result),
-            Err(error) => (true, written(id, &line, error.code.http_status(), write_error(&error)).unwrap_or_default()),
+            Err(error) => (true, refusal(id, &line, &error)),
         };
-        self.lease.record(number, is_error, result).await
+        match self.lease.record(number, run, is_error, result).await {
+            Err(error) if error.code == ErrorCode::RequestTooLarge => {
+                self.lease.record(number, run, true, refusal(id, &line, &too_long())).await
+            }
+            recorded => recorded,
+        }
     }
 
     /// Returns whether the batch was cancelled or its time is over, which cancels its jobs.
     async fn is_halted(&self) -> Result<bool, WireError> {
-        self.lease.step(None, None, vec![]).await?;
+        if !self.lease.halt().is_cancelled() {
+            self.lease.step(None, None, vec![]).await?;
+        }
         Ok(self.lease.halt().is_cancelled())
     }
 
-    /// Submits a line until it has an answer or is refused for good.
-    async fn answer(&self, number: u32, id: CorrelationId, line: &Line) -> Result<Vec<u8>, WireError> {
+    /// Submits a line until it has an answer or is refused for good. Returns the answer and the number of its run.
+    async fn answer(&self, number: u32, id: CorrelationId, line: &Line) -> Result<(u32, Vec<u8>), WireError> {
         let task = LineTask::parse(self.endpoint, line.body.get().as_bytes())?;
-        let (mut pause, mut failures) = (PAUSE, 0);
+        let (mut pause, mut failures, mut run) = (PAUSE, 0, 0);
         loop {
-            let error = match Box::pin(self.submit(number, id, &task)).await {
-                Ok(body) => return Ok(body),
+            let error = match Box::pin(self.submit(number, id, run, &task)).await {
+                Ok(body) => return Ok((run, body)),
                 Err(error) => error,
             };
+            if error.code == ErrorCode::IdempotencyKeyReused {
+                run += 1;
+                // A result that another gateway or an earlier try recorded stays.
+                if run == RUNS_MAX || self.has_result(number).await? {
+                    return Err(no_answer());
+                }
+                continue;
+            }
             failures += u32::from(is_failure(error.code));
             if !(may_pass(error.code) || is_failure(error.code) && failures < FAILURES_MAX) {
                 return Err(error);
             }
             let asked = error.retry_after_ms.map(Duration::from_millis);
-            time::sleep(asked.unwrap_or_default().max(pause).min(PAUSE_MAX)).await;
+            self.sleep(asked.unwrap_or_default().max(pause).min(PAUSE_MAX)).await?;
             pause = (pause * 2).min(PAUSE_MAX);
         }
     }
 
-    async fn submit(&self, number: u32, id: CorrelationId, task: &LineTask) -> Result<Vec<u8>, WireError> {
+    async fn has_result(&self, number: u32) -> Result<bool, WireError> {
+        Ok(!self.lease.lines(number, number.saturating_add(1)).await?.is_empty())
+    }
+
+    /// Waits, unless no further line is to run.
+    async fn sleep(&self, pause: Duration) -> Result<(), WireError> {
+        let sleep = async {
+            time::sleep(pause).await;
+            Ok(())
+        };
+        self.lease.unless_halted(sleep).await
+    }
+
+    /// Waits for room among the lines of all batches, and submits a run of a line.
+    async fn submit(&self, number: u32, id: CorrelationId, run: u32, task: &LineTask) -> Result<Vec<u8>, WireError> {
         let gateway = &self.lease.gateway;
         let batch = self.lease.reference();
-        let token = batch.id.retry_token(number);
-        let job = Job { class: Some(ServiceClass::Batch), ..task.job.clone() };
+        let token = batch.id.retry_token(number, run);
+        let job = Job { class: Some(ServiceClass::Batch), correlation_id: Some(id), ..task.job.clone() };
         let job = job.repeatable(&batch.tenant_id, token, LINGER, true);
-        let admitted = gateway.admit_line(self.grant.clone()).await?;
+        let room = async {
+            let permit = gateway.batch_lines().clone().acquire_owned().await;
+            let admitted = gateway.admit_line(self.grant.clone(), self.lease.keeper()).await?;
+            Ok::<_, WireError>((permit, admitted))
+        };
+        let (_permit, admitted) = self.lease.unless_halted(room).await?;
         let mut answer = gateway.submit(admitted, job).await?;
         let whole = answer.collect().await?;
         let unwritable = || WireError::new(ErrorCode::InternalError, "the answer could not be written");
@@ -108,6 +147,16 @@ fn written(id: CorrelationId, line: &Line, status: u16, body: Vec<u8>) -> Option
     let body = RawValue::from_string(String::from_utf8(body).ok()?).ok()?;
     let result = write_result(id, &line.custom_id, &LineOutcome::Response { status, body: &body });
     (result.len() <= RESULT_BYTES_MAX).then_some(result)
+}
+
+/// Returns the line of the file with errors.
+fn refusal(id: CorrelationId, line: &Line, error: &WireError) -> Vec<u8> {
+    written(id, line, error.code.http_status(), write_error(error)).unwrap_or_default()
+}
+
+/// Returns the error of a line whose jobs have all ended without an answer.
+fn no_answer() -> WireError {
+    WireError::new(ErrorCode::WorkerFailed, "the workers that ran this request broke off its answer each time")
 }
 
 fn too_long() -> WireError {

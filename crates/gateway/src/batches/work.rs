@@ -9,7 +9,7 @@ use protocol::batches::{BatchError, BatchStatus};
 use protocol::error_code::WireError;
 use protocol::{CorrelationId, ErrorCode};
 use tokio::time;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::lease::{Lease, is_passing};
 use super::run_line::LineRunner;
@@ -20,11 +20,13 @@ use crate::openai::batch::line::{CheckedFile, FileCheck, LineOutcome, LineSplitt
 
 /// Pause before the work goes on after an error that passes.
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// How long lines that have begun may take to end once no further line is to run.
+const DRAIN_WITHIN: Duration = Duration::from_secs(30);
 /// For how many lines at once is looked up whether they have a result.
 const WINDOW: u32 = 1_000;
 
-/// Works on a batch until it has ended, or is no longer this gateway's.
-pub(super) async fn work(lease: &Lease) {
+/// Works on a batch until it has ended. Returns an error if the work breaks off.
+pub(super) async fn work(lease: &Lease) -> Result<(), WireError> {
     loop {
         match advance(lease).await {
             Ok(()) if lease.batch().status.is_final() => break,
@@ -32,7 +34,8 @@ pub(super) async fn work(lease: &Lease) {
             Err(error) if is_passing(&error) => time::sleep(AGAIN_AFTER).await,
             Err(error) => {
                 let batch = &lease.reference().id;
-                return warn!(%batch, %error, "the work on a batch breaks off");
+                warn!(%batch, %error, "the work on a batch breaks off");
+                return Err(error);
             }
         }
     }
@@ -46,13 +49,13 @@ pub(super) async fn work(lease: &Lease) {
         failed = counts.failed,
         "a batch has ended"
     );
+    Ok(())
 }
 
 /// Does what the status of a batch calls for.
 async fn advance(lease: &Lease) -> Result<(), WireError> {
     let batch = lease.batch();
-    let is_over = lease.is_overdue() && !batch.status.is_final() && batch.status != BatchStatus::Cancelling;
-    if is_over {
+    if lease.is_overdue() && batch.status.may_become(BatchStatus::Expired) {
         return expire(lease).await;
     }
     match batch.status {
@@ -120,43 +123,62 @@ fn endpoint(lease: &Lease) -> Result<BatchEndpoint, WireError> {
 
 /// Runs the lines that have no result. Then the results are complete, unless the batch was cancelled or expired.
 async fn run_lines(lease: &Lease) -> Result<(), WireError> {
-    let runner = LineRunner::new(lease, endpoint(lease)?);
+    let endpoint = endpoint(lease)?;
+    let runner = &LineRunner::new(lease, endpoint);
+    let lines_max = lease.gateway.config().batch_lines_max.max(1);
     let mut open = OpenLines::new(lease);
     let mut running = FuturesUnordered::new();
-    loop {
-        let next = async {
-            let Some(line) = open.next().await? else { return Ok(None) };
-            let permit = lease.gateway.batch_lines().clone().acquire_owned().await;
-            Ok::<_, WireError>(Some((line, permit)))
-        };
-        tokio::pin!(next);
-        let next = loop {
-            tokio::select! {
-                biased;
-                () = lease.halt().cancelled() => return Ok(()),
-                next = &mut next => break next?,
-                Some(ended) = running.next() => ended?,
+    let run = Box::pin(async {
+        loop {
+            let next = open.next();
+            tokio::pin!(next);
+            let next = loop {
+                tokio::select! {
+                    biased;
+                    next = &mut next => break next?,
+                    Some(ended) = running.next() => ended?,
+                }
+            };
+            let Some((number, bytes)) = next else { break };
+            let line = parse_line(&bytes, endpoint);
+            let line = line.map_err(|_| WireError::new(ErrorCode::InternalError, "a checked line has changed"))?;
+            running.push(runner.run(number, line));
+            while running.len() >= lines_max
+                && let Some(ended) = running.next().await
+            {
+                ended?;
             }
-        };
-        let Some(((number, bytes), permit)) = next else { break };
-        let line = parse_line(&bytes, endpoint(lease)?);
-        let line = line.map_err(|_| WireError::new(ErrorCode::InternalError, "a checked line has changed"))?;
-        let runner = &runner;
-        running.push(async move {
-            let ended = runner.run(number, line).await;
-            drop(permit);
-            ended
-        });
-    }
-    loop {
-        tokio::select! {
-            biased;
-            () = lease.halt().cancelled() => return Ok(()),
-            ended = running.next() => match ended {
-                Some(ended) => ended?,
-                None => return lease.step(Some(BatchStatus::Finalizing), None, vec![]).await,
-            },
         }
+        while let Some(ended) = running.next().await {
+            ended?;
+        }
+        Ok::<_, WireError>(())
+    });
+    let ran = lease.halt().run_until_cancelled(run).await;
+    match ran {
+        Some(Ok(())) => lease.step(Some(BatchStatus::Finalizing), None, vec![]).await,
+        // Whoever runs these lines again gets the answers of their jobs.
+        Some(Err(error)) if is_passing(&error) => Err(error),
+        ended => {
+            lease.halt().cancel();
+            drain(lease, &mut running).await;
+            ended.unwrap_or(Ok(()))
+        }
+    }
+}
+
+/// Records the answers of the lines that have begun. The orchestrator cancels their jobs if the batch ends, so that few
+/// take long.
+async fn drain(lease: &Lease, running: &mut FuturesUnordered<impl Future<Output = Result<(), WireError>>>) {
+    let all = async {
+        while let Some(ended) = running.next().await {
+            if let Err(error) = ended {
+                debug!(batch = %lease.reference().id, %error, "a line that had begun was not recorded");
+            }
+        }
+    };
+    if time::timeout(DRAIN_WITHIN, all).await.is_err() {
+        warn!(batch = %lease.reference().id, "lines that had begun took too long to end");
     }
 }
 
@@ -169,7 +191,7 @@ async fn expire(lease: &Lease) -> Result<(), WireError> {
             let job: CorrelationId = batch.id.job_id(&batch.tenant_id, number);
             let message = "the batch's time was over before this request had run";
             let outcome = LineOutcome::Error { code: "batch_expired", message };
-            lease.record(number, true, write_result(job, &line.custom_id, &outcome)).await?;
+            lease.record(number, 0, true, write_result(job, &line.custom_id, &outcome)).await?;
         }
     }
     lease.step(Some(BatchStatus::Expired), None, vec![]).await
@@ -179,6 +201,8 @@ async fn expire(lease: &Lease) -> Result<(), WireError> {
 struct OpenLines<'a> {
     lease: &'a Lease,
     lines: Lines,
+    /// Number of the last line. Blank lines do not count, as they do not in the number of all lines.
+    number: u32,
     /// Lines before this one were looked up, and those with a result are in `done`.
     looked_up: u32,
     done: HashSet<u32>,
@@ -186,18 +210,19 @@ struct OpenLines<'a> {
 
 impl<'a> OpenLines<'a> {
     fn new(lease: &'a Lease) -> Self {
-        Self { lease, lines: Lines::new(lease), looked_up: 0, done: HashSet::new() }
+        Self { lease, lines: Lines::new(lease), number: 0, looked_up: 0, done: HashSet::new() }
     }
 
     async fn next(&mut self) -> Result<Option<(u32, Vec<u8>)>, WireError> {
         loop {
-            let line = self.lines.next().map(|(number, bytes)| (number, bytes.to_vec()));
-            let Some((number, bytes)) = line else {
+            let Some(bytes) = self.lines.next().map(|(_, bytes)| bytes.to_vec()) else {
                 if self.lines.fill().await? {
                     continue;
                 }
                 return Ok(None);
             };
+            self.number = self.number.saturating_add(1);
+            let number = self.number;
             if number >= self.looked_up {
                 self.looked_up = number.saturating_add(WINDOW);
                 self.done = self.lease.lines(number, self.looked_up).await?.into_iter().collect();

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, BodyDataStream};
 use axum::extract::{Request, State};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
-use http::{HeaderName, HeaderValue, Response, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, header};
 use multer::{Field, Multipart};
+use parking_lot::Mutex;
 use protocol::files::{FILES_PAGE_MAX, FileQuery, FileRef, StoredFile};
 use protocol::{ErrorCode, TenantId, WireError};
 use tokio::{task, time};
@@ -29,6 +31,8 @@ const FIELD_BYTES_MAX: usize = 1024;
 const UNREAD_MAX: usize = 2 * 1024 * 1024;
 /// The most fields of a form.
 const FIELDS_MAX: usize = 16;
+/// The time limit for a whole upload, however steadily it arrives. The orchestrator deletes one that takes longer.
+const UPLOAD_WITHIN: Duration = Duration::from_hours(1);
 
 /// A file to upload.
 #[derive(ToSchema)]
@@ -55,14 +59,24 @@ struct UploadForm {
     responses((status = 200, description = "The file", body = FileObject), ApiError),
 )]
 pub(super) async fn upload(State(bridge): State<Bridge>, request: TenantRequest, body: Request) -> Response<Body> {
-    let uploaded = match form(&bridge, body) {
+    let (parts, body) = body.into_parts();
+    let body = Arc::new(Mutex::new(body.into_data_stream()));
+    let uploaded = match form(&bridge, &parts.headers, body.clone()) {
         Ok(form) => receive(&bridge, request.tenant_id(), form).await,
-        Err((error, body)) => {
-            request_body::discard(body, &http::HeaderMap::new()).await;
-            Err(error)
-        }
+        Err(error) => Err(error),
     };
+    if uploaded.is_err() {
+        request_body::discard(take(&body), &HeaderMap::new()).await;
+    }
     request.answer(uploaded.map(|file| errors::json(&FileObject::from(file))))
+}
+
+/// A body that a form reads, and of which the rest can be taken from it.
+type SharedBody = Arc<Mutex<BodyDataStream>>;
+
+/// Takes what nobody has read of a body.
+fn take(body: &SharedBody) -> Body {
+    Body::new(std::mem::replace(&mut *body.lock(), Body::empty().into_data_stream()))
 }
 
 /// A form whose fields are read one by one.
@@ -87,10 +101,9 @@ impl Form {
     }
 }
 
-/// Reads the head of a form. Otherwise returns the error, and the body that nobody reads.
-fn form(bridge: &Bridge, request: Request) -> Result<Form, (WireError, Body)> {
-    let (parts, body) = request.into_parts();
-    let kind = parts.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+/// Reads the head of a form.
+fn form(bridge: &Bridge, headers: &HeaderMap, body: SharedBody) -> Result<Form, WireError> {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     match multer::parse_boundary(kind) {
         Ok(boundary) => {
             let unread = Arc::new(AtomicUsize::new(0));
@@ -100,7 +113,7 @@ fn form(bridge: &Bridge, request: Request) -> Result<Form, (WireError, Body)> {
         Err(_) => {
             let message = "the body must be a form with a file: send the header `Content-Type: multipart/form-data` \
                            with its boundary";
-            Err((WireError::new(ErrorCode::UnsupportedMediaType, message), body))
+            Err(WireError::new(ErrorCode::UnsupportedMediaType, message))
         }
     }
 }
@@ -109,11 +122,12 @@ fn form(bridge: &Bridge, request: Request) -> Result<Form, (WireError, Body)> {
 /// in time, so that the form holds a few of them in memory.
 fn steady(
     bridge: &Bridge,
-    body: Body,
+    body: SharedBody,
     unread: Arc<AtomicUsize>,
 ) -> impl Stream<Item = Result<Bytes, TooSlow>> + Send + 'static {
     let idle = seconds(bridge.gateway.config().body_idle_secs);
-    stream::unfold(Some(body.into_data_stream()), move |body| {
+    let body = stream::poll_fn(move |context| body.lock().poll_next_unpin(context));
+    stream::unfold(Some(body), move |body| {
         let unread = unread.clone();
         async move {
             let mut body = body?;
@@ -138,7 +152,8 @@ struct TooSlow;
 /// Receives the fields of a form in any order.
 async fn receive(bridge: &Bridge, tenant_id: TenantId, mut form: Form) -> Result<StoredFile, WireError> {
     let mut upload = None;
-    let received = receive_fields(bridge, tenant_id, &mut form, &mut upload).await;
+    let fields = Box::pin(receive_fields(bridge, tenant_id, &mut form, &mut upload));
+    let received = time::timeout(UPLOAD_WITHIN, fields).await.unwrap_or_else(|_| Err(too_slow()));
     match (received, upload) {
         (Ok(expires), Some(upload)) => upload.finish(expires).await,
         (Ok(_), None) => Err(missing("file")),
@@ -204,9 +219,13 @@ async fn text(form: &Form, mut field: Field<'static>) -> Result<String, WireErro
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
+fn too_slow() -> WireError {
+    WireError::new(ErrorCode::RequestTimeout, TooSlow.to_string())
+}
+
 fn malformed(error: &multer::Error) -> WireError {
     match error {
-        multer::Error::StreamReadFailed(_) => WireError::new(ErrorCode::RequestTimeout, TooSlow.to_string()),
+        multer::Error::StreamReadFailed(_) => too_slow(),
         _ => WireError::new(ErrorCode::InvalidValue, "the body is not a well-formed multipart form"),
     }
 }

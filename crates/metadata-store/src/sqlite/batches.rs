@@ -15,11 +15,17 @@ use crate::batch_store::{BatchChange, BatchCreated, BatchRecord, NewBatchRecord,
 const KEPT: Duration = Duration::from_hours(30 * 24);
 
 const SELECT: &str = "SELECT batches.*,
-     (SELECT pieces FROM files WHERE files.tenant_id = batches.tenant_id AND file_id = output_file) AS completed,
-     (SELECT pieces FROM files WHERE files.tenant_id = batches.tenant_id AND file_id = error_file) AS failed
+     coalesce(completed, (SELECT pieces FROM files WHERE files.tenant_id = batches.tenant_id AND file_id = output_file),
+              0) AS lines_completed,
+     coalesce(failed, (SELECT pieces FROM files WHERE files.tenant_id = batches.tenant_id AND file_id = error_file),
+              0) AS lines_failed
      FROM batches";
 
 pub(super) fn create(connection: &Connection, new: &NewBatchRecord, files_max: u32) -> rusqlite::Result<BatchCreated> {
+    // Its gateway did not get the reply, and asks again.
+    if let Some(known) = find(connection, &new.batch)?.filter(|known| known.input_file == new.input_file) {
+        return Ok(BatchCreated::Created(Box::new(known)));
+    }
     let BatchRef { tenant_id, id } = &new.batch;
     let of = |id: &FileId| FileRef { tenant_id: tenant_id.clone(), id: id.clone() };
     if files::find(connection, &of(&new.input_file), new.created_at)?.is_none() {
@@ -117,7 +123,8 @@ pub(super) fn step(connection: &Connection, change: &BatchChange) -> rusqlite::R
     connection
         .prepare_cached(
             "UPDATE batches SET status = ?3, times = ?4, total = coalesce(?5, total), sealed = coalesce(?6, sealed),
-                                lease_until = max(lease_until, coalesce(?7, 0)), remove_at = coalesce(?8, remove_at)
+                                lease_until = max(lease_until, coalesce(?7, 0)), remove_at = coalesce(?8, remove_at),
+                                completed = coalesce(?9, completed), failed = coalesce(?10, failed)
              WHERE tenant_id = ?1 AND batch_id = ?2",
         )?
         .execute(params![
@@ -128,7 +135,9 @@ pub(super) fn step(connection: &Connection, change: &BatchChange) -> rusqlite::R
             total,
             sealed,
             change.lease_until.map(|until| integer(until.0)),
-            remove_at
+            remove_at,
+            has_ended.then_some(known.counts.completed),
+            has_ended.then_some(known.counts.failed)
         ])?;
     if has_ended {
         publish_results(connection, &known, change.now)?;
@@ -223,9 +232,8 @@ fn record(row: &Row<'_>) -> rusqlite::Result<BatchRecord> {
         times: row::json(row, "times")?,
         counts: BatchCounts {
             total: row.get("total")?,
-            // Files that were deleted since have no lines.
-            completed: row.get::<_, Option<u32>>("completed")?.unwrap_or_default(),
-            failed: row.get::<_, Option<u32>>("failed")?.unwrap_or_default(),
+            completed: row.get("lines_completed")?,
+            failed: row.get("lines_failed")?,
         },
         sealed: row.get("sealed")?,
         epoch: row::unsigned(row, "epoch")?,

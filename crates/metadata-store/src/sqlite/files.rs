@@ -19,7 +19,7 @@ pub(super) fn create(connection: &Connection, new: &NewFileRecord, files_max: u3
 /// Returns how many files the tenant of a file has.
 pub(super) fn count(connection: &Connection, file: &FileRef) -> rusqlite::Result<u32> {
     connection
-        .prepare_cached("SELECT count(*) FROM files WHERE tenant_id = ?1")?
+        .prepare_cached("SELECT count(*) FROM files WHERE tenant_id = ?1 AND state <> 'removed'")?
         .query_row((file.tenant_id.as_str(),), |row| row.get(0))
 }
 
@@ -59,7 +59,9 @@ pub(super) fn add_piece(connection: &Connection, new: &NewPiece, limits: PieceLi
         return Ok(PieceAdded::FileTooLong);
     }
     let all: u64 = connection
-        .prepare_cached("SELECT coalesce(sum(bytes), 0) AS bytes FROM files WHERE tenant_id = ?1")?
+        .prepare_cached(
+            "SELECT coalesce(sum(bytes), 0) AS bytes FROM files WHERE tenant_id = ?1 AND state <> 'removed'",
+        )?
         .query_row((file.tenant_id.as_str(),), |row| row::unsigned(row, "bytes"))?;
     if all.saturating_add(*bytes) > limits.tenant_bytes_max {
         return Ok(PieceAdded::TenantFull);
@@ -89,6 +91,7 @@ pub(super) fn put(
     Ok(())
 }
 
+/// Completes an upload that has all its pieces, from the first on.
 pub(super) fn finish(
     connection: &Connection,
     file: &FileRef,
@@ -97,7 +100,10 @@ pub(super) fn finish(
     connection
         .prepare_cached(
             "UPDATE files SET state = 'ready', expires_at = ?3
-             WHERE tenant_id = ?1 AND file_id = ?2 AND state = 'uploading' RETURNING *",
+             WHERE tenant_id = ?1 AND file_id = ?2 AND state = 'uploading'
+               AND (SELECT count(*) = files.pieces AND count(*) = coalesce(max(piece) + 1, 0)
+                    FROM file_pieces WHERE file_pieces.file_id = files.file_id)
+             RETURNING *",
         )?
         .query_row((file.tenant_id.as_str(), file.id.as_str(), integer(expires_at.0)), record)
         .optional()
@@ -176,23 +182,27 @@ fn is_in_use(connection: &Connection, file: &FileRef) -> rusqlite::Result<bool> 
         .query_row((file.tenant_id.as_str(), file.id.as_str()), |row| row.get(0))
 }
 
-/// Deletes up to `limit` pieces of files that have expired, and such files without pieces.
+/// Deletes up to `limit` pieces of files that have expired, and such files without pieces. An upload that has expired
+/// ends before its pieces are deleted, so that it is never completed without them.
 pub(super) fn prune(connection: &Connection, now: UnixMillis, limit: u32) -> rusqlite::Result<u32> {
     // A file is kept for as long as a batch needs it.
-    const EXPIRED: &str = "SELECT file_id FROM files WHERE expires_at <= ?1 AND state <> 'collecting'
+    const EXPIRED: &str = "FROM files WHERE expires_at <= ?1 AND state <> 'collecting'
          AND NOT EXISTS (SELECT 1 FROM batches WHERE batches.tenant_id = files.tenant_id
                          AND input_file = file_id AND remove_at IS NULL)";
+    connection
+        .prepare_cached("UPDATE files SET state = 'removed' WHERE expires_at <= ?1 AND state = 'uploading'")?
+        .execute((integer(now.0),))?;
     let pieces = connection
         .prepare_cached(&format!(
             "DELETE FROM file_pieces WHERE (file_id, piece) IN (
-                 SELECT file_id, piece FROM file_pieces WHERE file_id IN ({EXPIRED}) LIMIT ?2)"
+                 SELECT file_id, piece FROM file_pieces WHERE file_id IN (SELECT file_id {EXPIRED}) LIMIT ?2)"
         ))?
         .execute((integer(now.0), limit))?;
     let left = limit.saturating_sub(pieces as u32);
     let files = connection
         .prepare_cached(&format!(
             "DELETE FROM files WHERE (tenant_id, file_id) IN (
-                 SELECT tenant_id, file_id FROM files WHERE file_id IN ({EXPIRED})
+                 SELECT tenant_id, file_id {EXPIRED}
                    AND NOT EXISTS (SELECT 1 FROM file_pieces WHERE file_pieces.file_id = files.file_id) LIMIT ?2)"
         ))?
         .execute((integer(now.0), left))?;

@@ -5,20 +5,17 @@ use std::time::Duration;
 
 use metadata_store::{BatchChange, BatchCreated, BatchRecord, JobKey, NewBatchRecord, NewLine};
 use protocol::batches::{
-    BATCHES_PAGE_MAX, Batch, BatchClaim, BatchClaimed, BatchDetails, BatchId, BatchList, BatchNow, BatchQuery,
-    BatchRef, BatchStatus, BatchStep, ERRORS_MAX, LineList, LineResult, LinesQuery, NewBatch, RESULT_BYTES_MAX,
+    BATCHES_PAGE_MAX, Batch, BatchClaim, BatchClaimed, BatchDetails, BatchList, BatchNow, BatchQuery, BatchRef,
+    BatchStatus, BatchStep, ERRORS_MAX, LineList, LineResult, LinesQuery, NewBatch, RESULT_BYTES_MAX,
 };
 use protocol::control::Empty;
 use protocol::files::{Base64Bytes, FileRef};
-use protocol::{ErrorCode, TenantId, WireError, codec};
+use protocol::{ErrorCode, WireError, codec};
 use rpc::Caller;
 use tracing::info;
 
 use super::Orchestrator;
 use super::files::{missing_file, no_randomness, too_many_files, unusable};
-
-/// The most lines that are cancelled with their batch at once: no gateway runs more of a batch.
-const LINES_AT_ONCE: u32 = 100_000;
 
 impl Orchestrator {
     pub(crate) async fn create_batch(self: Arc<Self>, _: Caller, new: NewBatch) -> Result<Batch, WireError> {
@@ -70,15 +67,14 @@ impl Orchestrator {
         let changed = changed.ok_or_else(missing_batch)?;
         if changed.status == BatchStatus::Cancelling {
             info!(batch = %batch.id, "a batch is cancelled");
-            self.stop_lines(&batch, changed.counts.total);
+            self.stop_lines(&batch);
         }
         self.shown(changed)
     }
 
-    fn stop_lines(&self, batch: &BatchRef, total: u32) {
-        for line in 1..=total.min(LINES_AT_ONCE) {
-            self.running.cancel(batch.id.job_id(&batch.tenant_id, line), Some(&batch.tenant_id));
-        }
+    /// Cancels the jobs of a batch's lines.
+    fn stop_lines(&self, batch: &BatchRef) {
+        self.running.cancel_all(|job| job.tenant_id == batch.tenant_id && batch.id.has_token(&job.retry_token));
     }
 
     pub(crate) async fn claim_batch(
@@ -125,7 +121,7 @@ impl Orchestrator {
     }
 
     pub(crate) async fn record_line(self: Arc<Self>, _: Caller, result: LineResult) -> Result<Empty, WireError> {
-        let LineResult { batch, epoch, line, is_error, bytes: Base64Bytes(bytes) } = result;
+        let LineResult { batch, epoch, line, run, is_error, bytes: Base64Bytes(bytes) } = result;
         if bytes.len() > RESULT_BYTES_MAX {
             let message = format!("the result is longer than {RESULT_BYTES_MAX} bytes");
             return Err(WireError::new(ErrorCode::RequestTooLarge, message));
@@ -136,14 +132,19 @@ impl Orchestrator {
         let file = FileRef { tenant_id: batch.tenant_id.clone(), id };
         let length = bytes.len() as u64;
         let sealed = self.seal_piece(&file, line, bytes).await?;
-        let job = line_key(&batch.tenant_id, &batch.id, line);
+        let job = line_key(&batch, line, run);
         let new = NewLine { batch, epoch, line, is_error, bytes: length, sealed, job };
         let recorded = self.store.batches().record_line(new).await.map_err(|error| unusable(&error))?;
         if recorded { Ok(Empty {}) } else { Err(lost_lease()) }
     }
 
+    /// Shows a batch to the gateway that works on it. If no further line is to run, those that run are cancelled, also
+    /// those that came too late to be cancelled before.
     fn present(&self, batch: BatchRecord) -> Result<BatchNow, WireError> {
         let is_overdue = batch.times.expires_at <= self.reservations.now();
+        if is_overdue || batch.status == BatchStatus::Cancelling {
+            self.stop_lines(&batch.batch);
+        }
         let (epoch, lease_ms) = (batch.epoch, self.batch_lease().as_millis() as u64);
         Ok(BatchNow { batch: self.shown(batch)?, epoch, lease_ms, is_overdue })
     }
@@ -179,12 +180,13 @@ impl Orchestrator {
     }
 }
 
-/// Returns the key of the job of a line.
-fn line_key(tenant_id: &TenantId, batch: &BatchId, line: u32) -> JobKey {
+/// Returns the key of the job of a line's run.
+fn line_key(batch: &BatchRef, line: u32, run: u32) -> JobKey {
+    let BatchRef { tenant_id, id } = batch;
     JobKey {
         tenant_id: tenant_id.clone(),
-        correlation_id: batch.job_id(tenant_id, line),
-        retry_token: batch.retry_token(line),
+        correlation_id: id.job_id(tenant_id, line),
+        retry_token: id.retry_token(line, run),
     }
 }
 

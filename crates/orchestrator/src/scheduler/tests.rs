@@ -84,6 +84,18 @@ fn a_worker_whose_owner_deprioritises_it_gets_the_job_that_finds_room_nowhere_el
 }
 
 #[test]
+fn jobs_that_yield_give_up_their_slots_and_not_their_places() {
+    let rooms = |capacity, yielding| {
+        let supply = supply([Candidate { capacity, limit: 4, load: 4, yielding, ..worker(1) }].into_iter());
+        (supply.room(0), supply.urgent_room(0))
+    };
+    assert_eq!(rooms(8, 0), (0, 0));
+    assert_eq!(rooms(8, 3), (0, 3));
+    assert_eq!(rooms(5, 3), (0, 1), "it holds one more job");
+    assert_eq!(rooms(4, 3), (0, 0), "it holds no further job");
+}
+
+#[test]
 fn equal_scores_go_to_the_lowest_id_in_whatever_order_they_come() {
     assert_eq!(chosen(&[worker(3), worker(1), worker(2)]), Some(PublicKey([1; 32])));
     assert_eq!(chosen(&[worker(1), worker(2), worker(3)]), Some(PublicKey([1; 32])));

@@ -35,6 +35,19 @@ fn acme() -> TenantId {
     "acme".parse().expect("a tenant")
 }
 
+fn new_batch() -> NewBatch {
+    NewBatch {
+        tenant_id: acme(),
+        id: batch().id,
+        endpoint: "/v1/embeddings".into(),
+        input_file: file("acme", 1).id,
+        output_file: file("acme", 2).id,
+        error_file: file("acme", 3).id,
+        results_expire_after_secs: None,
+        details: BatchDetails::default(),
+    }
+}
+
 impl Stand {
     async fn try_ask<Reply: DeserializeOwned>(
         &self,
@@ -67,19 +80,8 @@ impl Stand {
     }
 
     async fn create_batch(&self) -> Batch {
-        let input = file("acme", 1);
-        self.upload(&input).await;
-        let new = NewBatch {
-            tenant_id: acme(),
-            id: batch().id,
-            endpoint: "/v1/embeddings".into(),
-            input_file: input.id,
-            output_file: file("acme", 2).id,
-            error_file: file("acme", 3).id,
-            results_expire_after_secs: None,
-            details: BatchDetails::default(),
-        };
-        self.ask(BATCH_CREATE, &new).await
+        self.upload(&file("acme", 1)).await;
+        self.ask(BATCH_CREATE, &new_batch()).await
     }
 
     async fn claim(&self, working_on: Vec<BatchId>) -> Option<BatchNow> {
@@ -95,7 +97,7 @@ impl Stand {
 
     async fn record_line(&self, epoch: u64, line: u32, is_error: bool, text: &[u8]) -> Result<Empty, WireError> {
         let bytes = Base64Bytes(text.to_vec());
-        self.try_ask(BATCH_RECORD, &LineResult { batch: batch(), epoch, line, is_error, bytes }).await
+        self.try_ask(BATCH_RECORD, &LineResult { batch: batch(), epoch, line, run: 0, is_error, bytes }).await
     }
 
     /// Creates a batch whose lines may run, and returns its epoch.
@@ -185,6 +187,45 @@ async fn a_line_has_one_result() {
 }
 
 #[tokio::test]
+async fn a_batch_keeps_its_counts_when_its_results_are_deleted() {
+    let store = std::sync::Arc::new(SqliteStore::in_memory().expect("a store"));
+    let stand = stand_on(store.clone(), Config::default()).await;
+    let epoch = stand.begin().await;
+    stand.record_line(epoch, 1, false, b"a\n").await.expect("recorded");
+    stand.step(epoch, Some(BatchStatus::Finalizing)).await.expect("its lines have run");
+    let ended = stand.step(epoch, Some(BatchStatus::Completed)).await.expect("complete").batch;
+    let results = FileRef { tenant_id: acme(), id: ended.output_file.clone().expect("a file") };
+    let removed: FileRemoved = stand.ask(FILE_REMOVE, &results).await;
+    assert!(removed.found);
+    store.batches().prune_files(ended.times.created_at, 100).await.expect("pruned");
+    let shown: Batch = stand.ask(BATCH_SHOW, &batch()).await;
+    assert_eq!((shown.counts.completed, shown.counts.failed), (1, 0));
+    assert_eq!((shown.output_file, shown.error_file), (ended.output_file, None));
+}
+
+#[tokio::test]
+async fn an_upload_without_all_its_pieces_is_not_completed() {
+    let store = std::sync::Arc::new(SqliteStore::in_memory().expect("a store"));
+    let stand = stand_on(store.clone(), Config::default()).await;
+    let (gap, late) = (file("acme", 1), file("acme", 2));
+    let finish = async |file: &FileRef| {
+        let finish = FileFinish { file: file.clone(), expires_after_secs: None };
+        stand.try_ask::<StoredFile>(FILE_FINISH, &finish).await
+    };
+    stand.create_file(&gap).await.expect("created");
+    stand.write(&gap, 1, SECRET).await.expect("written");
+    finish(&gap).await.expect_err("its beginning is missing");
+    stand.write(&gap, 0, SECRET).await.expect("written");
+    let finished = finish(&gap).await.expect("it is complete");
+    stand.create_file(&late).await.expect("created");
+    stand.write(&late, 0, SECRET).await.expect("written");
+    stand.write(&late, 1, SECRET).await.expect("written");
+    assert_eq!(store.batches().prune_files(finished.expires_at, 1).await, Ok(1), "a piece of one of them");
+    finish(&late).await.expect_err("it has expired");
+    stand.write(&late, 0, SECRET).await.expect_err("it has expired");
+}
+
+#[tokio::test]
 async fn a_batch_whose_time_is_over_is_said_to_be_and_takes_the_errors_of_its_lines() {
     let stand = stand(Config { batch_window_hours: 0, ..Config::default() }).await;
     let epoch = stand.begin().await;
@@ -193,6 +234,27 @@ async fn a_batch_whose_time_is_over_is_said_to_be_and_takes_the_errors_of_its_li
     let ended = stand.step(epoch, Some(BatchStatus::Expired)).await.expect("expired").batch;
     assert_eq!((ended.status, ended.counts.failed), (BatchStatus::Expired, 1));
     assert!(ended.output_file.is_none() && ended.error_file.is_some());
+}
+
+#[tokio::test]
+async fn a_batch_that_is_created_again_is_the_same_one() {
+    let stand = stand(Config::default()).await;
+    stand.begin().await;
+    let again: Batch = stand.ask(BATCH_CREATE, &new_batch()).await;
+    assert_eq!(again.status, BatchStatus::InProgress);
+    let other = NewBatch { input_file: file("acme", 9).id, ..new_batch() };
+    stand.try_ask::<Batch>(BATCH_CREATE, &other).await.expect_err("a batch of another file");
+}
+
+#[tokio::test]
+async fn a_batch_whose_lines_have_all_run_does_not_expire() {
+    let stand = stand(Config { batch_window_hours: 0, ..Config::default() }).await;
+    let epoch = stand.begin().await;
+    for status in [BatchStatus::Finalizing, BatchStatus::Expired, BatchStatus::Completed] {
+        stand.step(epoch, Some(status)).await.expect("a lease");
+    }
+    let shown: Batch = stand.ask(BATCH_SHOW, &batch()).await;
+    assert_eq!(shown.status, BatchStatus::Completed);
 }
 
 #[tokio::test]
@@ -238,6 +300,10 @@ async fn a_tenant_has_so_many_files_and_so_many_bytes() {
     assert_eq!(stand.write(&one, 4, b"x").await.expect_err("too long").code, ErrorCode::RequestTooLarge);
     assert_eq!(stand.write(&two, 0, b"x").await.expect_err("too much").code, ErrorCode::InvalidValue);
     stand.write(&file("other", 4), 0, b"x").await.expect_err("no upload");
+    let removed: FileRemoved = stand.ask(FILE_REMOVE, &one).await;
+    assert!(removed.found);
+    stand.create_file(&three).await.expect("there is room, although nothing has been pruned");
+    stand.write(&three, 0, &piece).await.expect("written");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use protocol::infer::{InferChunk, InferRequest};
+use protocol::policy::ServiceClass;
 use protocol::{ErrorCode, WireError, codec};
 use rpc::{CallError, ResponseStream, StreamOptions};
 use tether_orchestrator::Config;
@@ -107,4 +108,15 @@ async fn a_worker_that_only_says_that_it_works_is_given_up_and_another_answers()
     assert!(progress > 1 && chunks.iter().all(|chunk| chunk.attempt == 2), "{chunks:?}");
     idle.cancelled.notified().await;
     assert_eq!((idle.jobs_seen(), healthy.jobs_seen()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_worker_may_let_a_batch_job_wait() {
+    let stand = stand(Config { token_stall_secs: 1, ..Config::default() }).await;
+    let worker = stand.worker(1, Manner::Idle).await;
+    let job = InferRequest { class: ServiceClass::Batch, ..wanting_progress(&stand) };
+    let answer = submit(&stand, &job, Duration::from_millis(2_500)).await.expect("accepted");
+    let (chunks, _, error) = listen(answer).await;
+    assert_eq!((chunks, error.map(|error| error.code)), (vec![], Some(ErrorCode::DeadlineExceeded)));
+    assert_eq!(worker.jobs_seen(), 1);
 }
