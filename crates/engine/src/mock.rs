@@ -77,9 +77,9 @@ impl Default for MockOptions {
 /// Answers every prompt with `tok0 tok1 tok2 …` at a fixed pace. A prompt takes as many tokens as it has words.
 ///
 /// If JSON is requested, the answer is the simplest value that the schema allows. If a function must be called, the
-/// answer calls it with the simplest arguments; a call that the user wrote out, such as `add(2, 3)`, is called so. If the template option `enable_thinking` is set, the answer begins with
-/// one word of reasoning. Embeddings have [`MockRuntime::EMBEDDING_LENGTH`] numbers, and equal texts get equal vectors.
-/// Adapters change nothing.
+/// answer calls it with the simplest arguments; a call that the user wrote out, such as `add(2, 3)`, is called so. If
+/// the template option `enable_thinking` is set, the answer begins with one word of reasoning. Embeddings have
+/// [`MockRuntime::EMBEDDING_LENGTH`] numbers, and equal texts get equal vectors. Adapters change nothing.
 ///
 /// It uses Tokio's clock, so paused time works. Slots, queue, cancellation and counters behave as with a real model.
 #[derive(Debug)]

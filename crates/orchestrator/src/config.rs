@@ -51,7 +51,8 @@ pub struct Config {
     /// Seconds without a chunk after which an attempt has failed. A chunk that only has progress counts.
     pub stall_secs: u64,
     /// Seconds after which an attempt has failed if its worker only reports progress: no further token of the prompt is
-    /// evaluated, and none of the answer arrives. It includes the wait in the worker's queue; 0 means no limit.
+    /// evaluated, and none of the answer arrives. It includes the wait in the worker's queue; 0 means no limit. Jobs of
+    /// batches have none, because they give way to others.
     pub token_stall_secs: u64,
     /// Seconds for which a caller may leave a chunk unread before it counts as gone.
     pub caller_stall_secs: u64,

@@ -294,7 +294,8 @@ fn refusal(candidate: &Candidate, tried: &[Tried]) -> Option<Refusal> {
 }
 
 /// Returns whether `one` is the better candidate. Workers that must fetch the model's file come last, whatever their
-/// score, and before them those that their owners deprioritise. Equal scores go to the lowest id, so that every orchestrator agrees.
+/// score, and before them those that their owners deprioritise. Equal scores go to the lowest id, so that every
+/// orchestrator agrees.
 fn is_better(one: (f64, &Candidate), other: (f64, &Candidate)) -> bool {
     order(one, other).is_lt()
 }

@@ -149,11 +149,12 @@ impl HealthReport {
     /// their adapters, and gives it to others. Adapter files are not reported, so the worker may lack one.
     pub fn has_file(&self, digest: &Digest, models: &[ModelKey]) -> bool {
         let is_here = |key: &&ModelKey| self.supported.contains(key) && !self.to_fetch.contains(key);
-        self.activity != Activity::Paused && models.iter().filter(is_here).any(|key| {
-            // A model of the same name on an adopted server has no file.
-            let cached = self.model_cache.iter().find(|cached| cached.key == *key);
-            cached.is_none_or(|cached| cached.attested || cached.digest == *digest)
-        })
+        self.activity != Activity::Paused
+            && models.iter().filter(is_here).any(|key| {
+                // A model of the same name on an adopted server has no file.
+                let cached = self.model_cache.iter().find(|cached| cached.key == *key);
+                cached.is_none_or(|cached| cached.attested || cached.digest == *digest)
+            })
     }
 
     /// Returns whether the worker takes jobs of a model, with an adapter or without one.

@@ -101,7 +101,7 @@ impl Fault {
             Self::Break(worker, generations, after) => {
                 network.troubles[usize::from(worker)].break_next(generations, after);
             }
-            Self::Occupy(worker) => network.desks[usize::from(worker)].occupy(true),
+            Self::Occupy(worker) => network.owners[usize::from(worker)].use_machine(true),
             Self::Skew(worker, skew_ms) => network.skew(worker, skew_ms),
             Self::Disk(orchestrator, trouble) => network.disks[usize::from(orchestrator)].set(trouble),
         }
@@ -125,7 +125,7 @@ impl Fault {
             Self::Slow(node, _) => network.links.speed_up(node.public_key()),
             Self::Hang(worker) => network.troubles[usize::from(worker)].freeze(false),
             Self::Break(..) => {}
-            Self::Occupy(worker) => network.desks[usize::from(worker)].occupy(false),
+            Self::Occupy(worker) => network.owners[usize::from(worker)].use_machine(false),
             Self::Skew(worker, _) => network.skew(worker, 0),
             Self::Disk(orchestrator, _) => {
                 network.disks[usize::from(orchestrator)].set(faulty_store::Trouble::None);

@@ -96,22 +96,22 @@ impl Clock for NodeClock {
     }
 }
 
-/// The desk with a worker's machine.
+/// The person whose machine a worker runs on.
 #[derive(Default)]
-pub struct Desk {
-    is_occupied: AtomicBool,
+pub struct Owner {
+    uses_it: AtomicBool,
 }
 
-impl Desk {
-    pub fn occupy(&self, is_occupied: bool) {
-        self.is_occupied.store(is_occupied, Ordering::Relaxed);
+impl Owner {
+    pub fn use_machine(&self, uses_it: bool) {
+        self.uses_it.store(uses_it, Ordering::Relaxed);
     }
 }
 
 #[async_trait]
-impl Surroundings for Desk {
+impl Surroundings for Owner {
     async fn look(&self, _: &ActivityConfig) -> Signals {
-        Signals { idle: self.is_occupied.load(Ordering::Relaxed).then_some(Duration::ZERO), ..Signals::default() }
+        Signals { idle: self.uses_it.load(Ordering::Relaxed).then_some(Duration::ZERO), ..Signals::default() }
     }
 }
 
@@ -146,7 +146,7 @@ pub struct Network {
     workers: Vec<Option<CancellationToken>>,
     epochs: Vec<u64>,
     pub troubles: Vec<Arc<EngineTrouble>>,
-    pub desks: Vec<Arc<Desk>>,
+    pub owners: Vec<Arc<Owner>>,
     skews: Vec<Arc<AtomicI64>>,
     stop: CancellationToken,
 }
@@ -213,7 +213,7 @@ impl Network {
             workers: vec![None; workers],
             epochs: vec![0; workers],
             troubles: (0..workers).map(|_| Arc::default()).collect(),
-            desks: (0..workers).map(|_| Arc::default()).collect(),
+            owners: (0..workers).map(|_| Arc::default()).collect(),
             skews: (0..workers).map(|_| Arc::default()).collect(),
             shape,
             stop: CancellationToken::new(),
@@ -357,7 +357,7 @@ impl Network {
         };
         let stop = self.stop.child_token();
         self.workers[index] = Some(stop.clone());
-        let worker = BaseWorker::new(config, parts).with_surroundings(self.desks[index].clone());
+        let worker = BaseWorker::new(config, parts).with_surroundings(self.owners[index].clone());
         self.tasks.spawn(worker.run(stop));
     }
 

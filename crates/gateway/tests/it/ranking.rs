@@ -95,7 +95,7 @@ async fn a_refusal_names_the_field_that_the_client_sent() {
     }
     let body = json!({"model": "tiny", "query": long, "documents": ["a"]});
     let response = network.post("/v1/rerank", &body).send().await.expect("answered");
-    expect_error(response, 400, "context_length_exceeded", Some("query")).await;
+    expect_error(response, 400, "invalid_value", Some("query")).await;
     network.end().await;
 }
 

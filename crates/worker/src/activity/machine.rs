@@ -85,7 +85,15 @@ impl<T: Copy> Believed<T> {
 impl Machine {
     pub(crate) fn new(clock: Arc<dyn Clock>, disk: DiskCalls) -> Self {
         let (devices, supplies) = ("/dev".into(), "/sys/class/power_supply".into());
-        Self { clock, disk, devices, supplies, idle: Believed::new(), metered: Believed::new(), has_warned: AtomicBool::new(false) }
+        Self {
+            clock,
+            disk,
+            devices,
+            supplies,
+            idle: Believed::new(),
+            metered: Believed::new(),
+            has_warned: AtomicBool::new(false),
+        }
     }
 
     /// Returns the time since the last input.

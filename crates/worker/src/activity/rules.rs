@@ -157,7 +157,7 @@ impl fmt::Display for QuietHours {
     }
 }
 
-/// What is known of a machine at one moment.
+/// State of a machine at one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Signals {
     /// Time since the last input, or `None` if nobody is logged in or nothing is known.

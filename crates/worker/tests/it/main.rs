@@ -118,7 +118,7 @@ impl Orchestrator {
 struct World {
     network: MemoryNetwork,
     clock: Arc<PausedClock>,
-    room: Arc<manners::Room>,
+    owner: Arc<manners::Owner>,
     tasks: TaskTracker,
     end: CancellationToken,
     folder: TempDir,
@@ -197,7 +197,7 @@ impl Scene {
         let world = World {
             network: MemoryNetwork::new(),
             clock: Arc::new(PausedClock { begin: Instant::now() }),
-            room: Arc::default(),
+            owner: Arc::default(),
             tasks: TaskTracker::new(),
             end: CancellationToken::new(),
             folder,
@@ -222,7 +222,7 @@ impl Scene {
             adoption: None,
             version: "0".into(),
         };
-        let worker = BaseWorker::new(config, parts).with_surroundings(world.room.clone());
+        let worker = BaseWorker::new(config, parts).with_surroundings(world.owner.clone());
         let handle = worker.handle();
         let stop = CancellationToken::new();
         let running = world.tasks.spawn(worker.run(stop.clone()));
