@@ -42,7 +42,7 @@ mod remote;
 mod reranking;
 #[cfg(all(feature = "llama", target_os = "linux"))]
 mod sandbox;
-#[cfg(target_os = "linux")]
+#[cfg(all(feature = "llama", target_os = "linux"))]
 mod server_sandbox;
 #[cfg(feature = "llama")]
 mod token_lists;
