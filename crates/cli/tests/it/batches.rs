@@ -139,15 +139,14 @@ async fn no_line_of_a_batch_is_lost_or_billed_twice_whatever_is_killed() {
     let before = completed(&client.until(&id, |batch| completed(batch) > 0).await);
     assert!((before as usize) < LINES, "the gateway was killed in the middle");
 
-    client.until(&id, |batch| completed(batch) > before + 20).await;
+    // A fast machine may be at the end sooner.
+    client.until(&id, |batch| completed(batch) > before + 20 || has_ended(batch)).await;
     mesh.processes.kill("orchestrator").expect("killed");
     mesh.processes.start("orchestrator", &["orchestrator", "--listen", LOOPBACK]).expect("started");
-    let before = completed(&client.until(&id, |batch| completed(batch) > before + 30).await);
+    client.until(&id, |batch| completed(batch) > before + 30 || has_ended(batch)).await;
 
     mesh.processes.kill("worker-1").expect("killed");
     mesh.processes.start("worker-1", &["worker", "--listen", LOOPBACK]).expect("started");
-    client.until(&id, |batch| completed(batch) > before).await;
-
     let batch = client.until(&id, has_ended).await;
     assert_eq!(batch["request_counts"], json!({"total": LINES, "completed": LINES, "failed": 0}), "{batch}");
     let answers = client.lines(&batch["output_file_id"]).await;
