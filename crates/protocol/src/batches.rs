@@ -205,7 +205,7 @@ pub struct Batch {
     /// File with the lines without an answer, once the batch has ended and has any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error_file: Option<FileId>,
-    /// Where it stands.
+    /// The last status that the store has.
     pub status: BatchStatus,
     /// When it entered each status.
     pub times: BatchTimes,

@@ -63,7 +63,7 @@ async fn page(bridge: &Bridge, query: &Query, tenant_id: TenantId) -> Result<Pag
     Ok(Page::new(batches.into_iter().map(BatchObject::from).collect(), limit, |batch| &batch.id))
 }
 
-/// Returns a batch.
+/// Returns a batch with its counts and, once there are results, the ids of its result files.
 #[utoipa::path(
     get, path = "/v1/batches/{id}", tag = "openai", operation_id = "retrieveBatch", security(("bearer" = [])),
     params(("id" = String, Path, description = "Id of the batch")),

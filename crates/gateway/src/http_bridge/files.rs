@@ -269,7 +269,7 @@ pub(super) fn limit(query: &Query, usual: u32, most: u32) -> Result<u32, WireErr
     Ok(limit)
 }
 
-/// Describes a file.
+/// Returns the name, size, purpose and expiry of a file, without its content.
 #[utoipa::path(
     get, path = "/v1/files/{id}", tag = "openai", operation_id = "retrieveFile", security(("bearer" = [])),
     params(("id" = String, Path, description = "Id of the file")),

@@ -67,12 +67,12 @@ impl ActivityConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Manner {
-    /// Takes jobs.
+    /// Takes jobs as without any rule.
     #[default]
     Serve,
     /// Takes jobs that find room on no other worker.
     Deprioritise,
-    /// Takes no jobs.
+    /// Takes no jobs until the rule no longer applies.
     Pause,
 }
 

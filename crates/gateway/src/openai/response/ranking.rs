@@ -45,7 +45,7 @@ struct RerankMeta {
 #[derive(Serialize, ToSchema)]
 struct RerankTokens {
     input_tokens: u32,
-    /// Always 0.
+    /// Always 0, because a ranking generates no tokens.
     output_tokens: u32,
 }
 
